@@ -1,0 +1,1 @@
+"""Measurements on runtime sessions, and the report made from them."""

@@ -1,0 +1,378 @@
+"""The command line. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsify import __version__
+from sparsify.errors import SparsifyError, VerificationError
+from sparsify.options import (
+    Bos,
+    Calibration,
+    ComputeDtype,
+    Device,
+    EvalLength,
+    EvalStride,
+    EvalText,
+    EvalWindows,
+    Exclude,
+    Exponent,
+    Group,
+    Include,
+    Json,
+    Length,
+    MethodName,
+    Model,
+    Out,
+    Override,
+    Overwrite,
+    Pattern,
+    RecipeFile,
+    Seed,
+    Target,
+    Trust,
+    WindowCount,
+    check_device,
+    merge_settings,
+    required,
+)
+
+if TYPE_CHECKING:
+    from sparsify.progress import Progress
+
+EXIT_CODES = """
+Exit codes: 0 done, 2 wrong option or recipe, 3 model cannot be used, 4 text cannot be used, 5 output cannot be
+written, 6 NaN or Inf, 7 a package is missing, 8 verification or parity failed, 130 interrupted (the same command
+resumes), 1 a fault in sparsify.
+"""
+
+app = typer.Typer(
+    name="sparsify",
+    help="Prune language models without retraining and take them to the runtimes that serve them.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"sparsify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from sparsify.console import Bars, errors
+
+    try:
+        with Bars(errors()).running() as bars:
+            yield bars
+    except KeyboardInterrupt:
+        # typer ends the process with code 130 and says nothing.
+        sys.stderr.write("interrupted; the same command resumes\n")
+        raise
+
+
+@app.command("prune")
+def prune_command(
+    model: Model = None,
+    out: Out = None,
+    pattern: Pattern = None,
+    method: MethodName = None,
+    group: Group = None,
+    exponent: Exponent = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    override: Override = None,
+    calibration: Calibration = None,
+    windows: WindowCount = None,
+    length: Length = None,
+    bos: Bos = None,
+    seed: Seed = None,
+    compute_dtype: ComputeDtype = None,
+    recipe: RecipeFile = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Prune MODEL into a checkpoint with a manifest. Interrupted, the same command resumes."""
+    settings, run = merge_settings(recipe, locals())
+    from sparsify import manifest
+    from sparsify.bench.report import size
+    from sparsify.console import print_json, print_line
+    from sparsify.files import read_json
+    from sparsify.prune import prune
+    from sparsify.source import resolve
+
+    device = run.get("device", "cpu")
+    check_device(device)
+    out = required(out, "--out")
+    with _progress() as progress:
+        source = resolve(required(run.get("model"), "MODEL"))
+        trust = run.get("trust_remote_code", False)
+        prune(source, settings, out, overwrite=overwrite, device=device, trust_remote_code=trust, progress=progress)
+    body, timing = manifest.read(out), read_json(out / manifest.RUN)
+    if json:
+        print_json(
+            {"out": str(out), **{key: body[key] for key in ("source", "recipe", "calibration", "coverage")}, **timing}
+        )
+        return
+    covered = body["coverage"]
+    print_line(
+        f"{out}: {settings.pattern} by {settings.method}, {covered['zeros'] / covered['selected']:.2%} of "
+        f"{covered['selected']:,} weights are zero ({covered['zero_share']:.1%} of the model); "
+        f"{timing['seconds']:.0f} s, peak memory {size(timing['peak_memory_bytes'])}"
+    )
+
+
+@app.command("export")
+def export_command(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that prune or --target hf wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="hf or onnx.")],
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Export a pruned CHECKPOINT for a runtime; its outputs are compared with PyTorch's first."""
+    from sparsify.bench.report import size
+    from sparsify.console import print_json, print_line
+    from sparsify.files import folder_bytes
+    from sparsify.pipeline import export
+
+    with _progress() as progress:
+        body = export(
+            checkpoint, target, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+        )
+    result = {"out": str(out), "target": target, "bytes": folder_bytes(out), "parity": body.get("parity")}
+    if json:
+        print_json(result)
+    else:
+        print_line(f"{out}: {target}, {size(folder_bytes(out))}")
+
+
+@app.command("prune-and-export")
+def prune_and_export_command(
+    model: Model = None,
+    out: Out = None,
+    target: Target = None,
+    pattern: Pattern = None,
+    method: MethodName = None,
+    group: Group = None,
+    exponent: Exponent = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    override: Override = None,
+    calibration: Calibration = None,
+    windows: WindowCount = None,
+    length: Length = None,
+    bos: Bos = None,
+    seed: Seed = None,
+    compute_dtype: ComputeDtype = None,
+    eval_text: EvalText = None,
+    eval_windows: EvalWindows = None,
+    eval_length: EvalLength = None,
+    eval_stride: EvalStride = None,
+    recipe: RecipeFile = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Prune MODEL, export it for each target, measure accuracy, and write report.md and report.json to --out."""
+    settings, run = merge_settings(recipe, locals())
+    from sparsify.bench.report import HEAD, rows, summary
+    from sparsify.console import print_json, print_line, print_table
+    from sparsify.pipeline import Evaluation, prune_and_export
+    from sparsify.source import resolve
+
+    device = run.get("device", "cpu")
+    check_device(device)
+    out = required(out, "--out")
+    with _progress() as progress:
+        report = prune_and_export(
+            resolve(required(run.get("model"), "MODEL")),
+            settings,
+            run.get("targets", ["hf"]),
+            out,
+            evaluation=Evaluation(**{k.removeprefix("eval_"): v for k, v in run.items() if k.startswith("eval_")}),
+            overwrite=overwrite,
+            device=device,
+            trust_remote_code=run.get("trust_remote_code", False),
+            progress=progress,
+        )
+    if json:
+        print_json(report)
+        return
+    print_line(summary(report))
+    print_table(HEAD, rows(report))
+    print_line(f"report: {out / 'report.md'} and {out / 'report.json'}")
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="Artifact folder, model folder, hub id, GGUF file or short name.")],
+    text: Annotated[str, typer.Option(help="As --calibration of prune.")] = "pydoc",
+    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    stride: EvalStride = None,
+    bos: Bos = None,
+    against: Annotated[str | None, typer.Option(help="Dense model to measure the KL divergence from.")] = None,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Measure perplexity of an artifact in the runtime that serves it (ONNX Runtime for ONNX, else PyTorch)."""
+    from sparsify.bench.report import kernels
+    from sparsify.console import print_json, print_table
+    from sparsify.data import load_windows
+    from sparsify.pipeline import evaluate
+    from sparsify.source import resolve
+
+    with _progress() as progress:
+        folder = resolve(model).folder
+        reference = resolve(against).folder if against else None
+        ids = load_windows(
+            text,
+            folder,
+            n_windows=windows,
+            length=length,
+            split="evaluation",
+            bos=bos,
+            stride=stride,
+            trust_remote_code=trust_remote_code,
+        )
+        result = evaluate(
+            folder, ids, stride=stride, against=reference, trust_remote_code=trust_remote_code, progress=progress
+        )
+    result = {"model": model, "text": ids.describe(), **result}
+    if json:
+        print_json(result)
+        return
+    table = [
+        ("perplexity", f"{result['perplexity']:.3f}"),
+        ("predicted tokens", f"{result['n_tokens']:,}"),
+        ("windows", f"{result['n_windows']} of {result['length']}, stride {result['stride']}"),
+        ("BOS", {True: "yes", False: "no", None: "as in the ids"}[ids.bos]),
+        ("runtime", result["runtime"]),
+        ("kernels that ran", kernels(result["engaged"])),
+    ]
+    if result["kl_to_reference"]:
+        kl = result["kl_to_reference"]
+        table.append(("KL to reference", f"{kl['mean_nats']:.4f} nats, same first choice {kl['top1_agreement']:.1%}"))
+    print_table(("", model), table)
+
+
+@app.command("inspect")
+def inspect_command(
+    artifact: Annotated[Path, typer.Argument(help="Folder with a sparsify.json.")],
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print the recipe as YAML, to run it again.")] = False,
+    linears: Annotated[bool, typer.Option("--linears", help="List every pruned linear.")] = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Describe an artifact and verify it: file hashes, the pattern of every linear, exact zeros."""
+    from sparsify.console import errors, print_json, print_line, print_table
+
+    if recipe:
+        import yaml
+
+        from sparsify import manifest
+
+        body = manifest.read(artifact)
+        print_line(yaml.safe_dump({"model": body["source"]["name"], **body["recipe"]}, sort_keys=False).rstrip())
+        return
+    from sparsify.verify import verify
+
+    with _progress() as progress:
+        body, problems = verify(artifact, trust_remote_code=trust_remote_code, progress=progress)
+    if json:
+        print_json({"artifact": str(artifact), "verified": not problems, "problems": problems, "manifest": body})
+    else:
+        covered = body["coverage"]
+        print_table(
+            ("", str(artifact)),
+            [
+                ("kind", body["kind"]),
+                ("source", f"{body['source'].get('name')} ({body['source'].get('model_type')})"),
+                ("pattern", f"{body['recipe'].get('pattern')} by {body['recipe'].get('method')}"),
+                ("linears pruned", str(len(body["linears"]))),
+                (
+                    "zeros",
+                    f"{covered['zeros']:,} of {covered['selected']:,} ({covered['zero_share']:.1%} of the model)",
+                ),
+                ("files", str(len(body["files"]))),
+                ("verified", "yes" if not problems else f"NO: {len(problems)} problems"),
+            ],
+        )
+        if linears:
+            print_table(
+                ("linear", "shape", "pattern", "group", "zeros", "relative error"),
+                [
+                    (
+                        row["name"],
+                        f"{row['shape'][0]} x {row['shape'][1]}",
+                        row["pattern"],
+                        row["group"],
+                        f"{row['zeros'] / (row['shape'][0] * row['shape'][1]):.4%}",
+                        f"{row['relative_error']:.5f}",
+                    )
+                    for row in body["linears"]
+                ],
+            )
+    if problems:
+        for problem in problems[:20]:
+            errors().print(f"problem: {problem}", highlight=False, soft_wrap=True, markup=False)
+        raise VerificationError(f"{artifact}: {len(problems)} problems; export or prune it again")
+
+
+@app.command("doctor")
+def doctor_command(json: Json = False) -> None:
+    """Say what this machine can run and what is missing."""
+    from sparsify.console import print_json, print_line, print_table
+    from sparsify.doctor import diagnose
+
+    state = diagnose()
+    if json:
+        print_json(state)
+        return
+    machine = state["machine"]
+    print_line(
+        f"{machine['cpus']} CPUs ({', '.join(machine['cpu_features']) or 'no AVX'}), "
+        f"{machine['memory_bytes'] / 1e9:.0f} GB memory, {len(machine['gpus'])} GPUs"
+    )
+    print_line(", ".join(f"{name} {value}" for name, value in state["versions"].items()))
+    print_table(
+        ("can it", "", "detail"), [(c["what"], "yes" if c["ok"] else "no", c["detail"]) for c in state["checks"]]
+    )
+
+
+def main() -> None:
+    """Run the command line; errors a user can mend become one line and an exit code."""
+    # Threads that spin while they wait burn the cores of a shared machine. Set before torch loads its thread pool.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except SparsifyError as error:
+        if os.environ.get("SPARSIFY_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(error.exit_code)

@@ -1,0 +1,69 @@
+"""What this machine can run and what is missing, each with the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import SparsifyError
+from sparsify.manifest import versions
+
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_bf16")
+
+
+def diagnose() -> dict[str, Any]:
+    """The state of this machine: ``machine``, ``versions``, and ``checks``, a list of {what, ok, detail}."""
+    import torch
+
+    checks: list[dict[str, Any]] = []
+
+    def check(what: str, ok: bool, detail: str) -> None:
+        checks.append({"what": what, "ok": ok, "detail": detail})
+
+    def package(what: str, names: tuple[str, ...], extra: str) -> None:
+        absent = [name for name in names if importlib.util.find_spec(name) is None]
+        check(what, not absent, f"missing {', '.join(absent)}; run: {extra}" if absent else "ready")
+
+    check("prune on CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    check("prune on GPU", bool(gpus), ", ".join(gpus) or "no CUDA device; --device cpu is the default")
+    package("export hf", (), "")
+    package("export onnx", ("onnx", "onnxscript", "onnxruntime"), 'pip install "sparsify-toolkit[onnx]"')
+    package("read GGUF", ("gguf",), 'pip install "sparsify-toolkit[gguf]"')
+    package("text by name (hf:…)", ("datasets",), 'pip install "sparsify-toolkit[datasets]"')
+    check(*_embedded())
+    folder = Path.cwd()
+    free = shutil.disk_usage(folder).free
+    check("writable here", os.access(folder, os.W_OK), f"{free / 1e9:.0f} GB free in {folder}")
+    return {
+        "machine": {
+            "cpus": os.cpu_count(),
+            "cpu_features": _cpu_features(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": gpus,
+        },
+        "versions": versions("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "gguf"),
+        "checks": checks,
+    }
+
+
+def _embedded() -> tuple[str, bool, str]:
+    from sparsify.source import EMBEDDED, embedded_file
+
+    for name in EMBEDDED:
+        try:
+            return f"embedded model {name}", True, f"{embedded_file(name).stat().st_size / 1e6:.0f} MB"
+        except SparsifyError as error:
+            return f"embedded model {name}", False, str(error)
+    return "embedded models", False, "none"
+
+
+def _cpu_features() -> list[str]:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].split("\n", 1)[0].split()
+    except OSError:
+        return []
+    return [feature for feature in _CPU_FEATURES if feature in flags]

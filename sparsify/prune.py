@@ -1,0 +1,370 @@
+"""The driver: one decoder block at a time is read, calibrated, pruned, written and freed; resumable after each.
+
+Memory holds one block, the embeddings (only before the first block) and one window of hidden states, whatever the
+depth. The state in the staging folder is the commit point: what it does not list never happened.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify import manifest
+from sparsify.checkpoint import FLOATS, CheckpointReader, copy_side_files, portable_config, write_index, write_shard
+from sparsify.data import Windows, load_windows
+from sparsify.errors import ModelError, UsageError
+from sparsify.files import Staging, sha256_file, staging_folder, stamps, write_json
+from sparsify.hidden import Calls, HiddenFile, enter, file_crc32
+from sparsify.masks import keep_mask
+from sparsify.memory import peak_memory_bytes, return_freed_memory, return_large_frees
+from sparsify.methods import METHODS
+from sparsify.model import Skeleton, load_skeleton, weight_view
+from sparsify.naming import Binding
+from sparsify.progress import Progress, Silent
+from sparsify.recipe import Recipe
+from sparsify.scores import SCORES
+from sparsify.source import Source
+from sparsify.stats import InputStats, collect
+from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
+
+_HIDDEN = ("hidden.0", "hidden.1")
+_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+# Tensors outside the blocks (embeddings, head) are copied in shards of at most this size, the bound on that step's
+# memory; a larger single tensor has a shard to itself.
+_COPY_BYTES = 1 << 30
+
+
+def prune(
+    source: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Prune ``source`` by ``recipe`` into the folder ``out``, an ordinary checkpoint with manifest; returns ``out``.
+
+    An interrupted call leaves ``<out>.partial``; the same call goes on from the last finished block and ends in the
+    same bits.
+
+    Args:
+        source: the model.
+        recipe: what to do.
+        out: folder that must not exist yet, unless ``overwrite``.
+        overwrite: replace an earlier output (at the very end), and start again where interrupted work does not fit.
+        device: torch device of the forward passes and the scores.
+        trust_remote_code: let the model's own code load.
+        progress: receives stages and steps.
+
+    Raises:
+        ModelError, DataError, UsageError, OutputError, NumericsError: see ``sparsify.errors``.
+    """
+    progress = progress or Silent()
+    return_large_frees()
+    began = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    skeleton = load_skeleton(source.folder, trust_remote_code=trust_remote_code)
+    for text in skeleton.notices:
+        progress.notice(text)
+    binding = Binding(CheckpointReader(source.folder), skeleton)
+    patterns = recipe.assign([spec for block in skeleton.linears for spec in block])
+    windows = _windows(source, recipe, skeleton, trust_remote_code) if METHODS[recipe.method].needs_data else None
+    _check_dtypes(binding, recipe)
+    with (
+        staging_folder(
+            out,
+            _fingerprint(source, recipe, binding, windows, device),
+            overwrite=overwrite,
+            inputs=[source.folder],
+            check=_damage,
+        ) as staging,
+        torch.inference_mode(),
+    ):
+        run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, progress, began)
+        run.blocks()
+        run.finish()
+        staging.commit()
+    return out
+
+
+def _check_dtypes(binding: Binding, recipe: Recipe) -> None:
+    stored = {info.dtype for info in binding.reader.tensors.values()} & FLOATS.keys()
+    if recipe.compute_dtype == "bfloat16" and stored != {"BF16"}:
+        other = sorted(stored - {"BF16"})[0]
+        raise UsageError(f"compute_dtype bfloat16 would round weights that are stored as {other}; use float32")
+
+
+def _fingerprint(
+    source: Source, recipe: Recipe, binding: Binding, windows: Windows | None, device: str
+) -> dict[str, Any]:
+    return {
+        "command": "prune",
+        "recipe": recipe.to_dict(),
+        "calibration": windows.sha256 if windows else None,
+        "model": stamps([source.folder / "config.json", *binding.reader.files]),
+        "versions": manifest.versions("torch", "transformers"),
+        "device": device,
+    }
+
+
+def _damage(folder: Path, state: Any) -> str | None:
+    """What is wrong with an interrupted run, or None; raises whatever a malformed record makes Python raise."""
+    if not 1 <= state["threads"] <= 4096:
+        return "its number of threads is out of range"
+    for block in state["blocks"]:
+        if (folder / block["file"]).stat().st_size != block["bytes"] or Path(block["file"]).name != block["file"]:
+            return f"{block['file']} is truncated"
+        for row in block["linears"]:
+            PrunedLinear(**row)
+    hidden = state["hidden"]
+    if hidden is not None and file_crc32(folder / hidden["file"]) != hidden["crc32"]:
+        return f"{hidden['file']} is not what was written"
+    return None
+
+
+def _windows(source: Source, recipe: Recipe, skeleton: Skeleton, trust_remote_code: bool) -> Windows:
+    config = skeleton.text_config
+    longest = getattr(config, "max_position_embeddings", None) or recipe.length
+    if recipe.length > longest and ".safetensors:" not in recipe.calibration:
+        raise UsageError(
+            f"length {recipe.length} exceeds the model's context of {longest} tokens; pass --length {longest}"
+        )
+    windows = load_windows(
+        recipe.calibration,
+        source.folder,
+        n_windows=recipe.windows,
+        length=recipe.length,
+        split="calibration",
+        seed=recipe.seed,
+        bos=recipe.bos,
+        vocab_size=config.vocab_size,
+        trust_remote_code=trust_remote_code,
+    )
+    length = windows.ids.shape[1]
+    if length > longest and getattr(config, "max_position_embeddings", None):
+        raise UsageError(f"length {length} exceeds the model's context of {longest} tokens; give shorter windows")
+    return windows
+
+
+class _Run:
+    """One pruning run in its staging folder."""
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        skeleton: Skeleton,
+        binding: Binding,
+        patterns: dict[str, Pattern],
+        windows: Windows | None,
+        staging: Staging,
+        device: str,
+        progress: Progress,
+        began: tuple[float, float],
+    ) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.skeleton = skeleton
+        self.binding = binding
+        self.patterns = patterns
+        self.windows = windows
+        self.staging = staging
+        self.folder = staging.path
+        self.device = device
+        self.progress = progress
+        self.dtype: torch.dtype = getattr(torch, recipe.compute_dtype)
+        self.began = began
+        self.n_resumed = 0
+        self.state = self._open_state()
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def _open_state(self) -> dict[str, Any]:
+        state = self.staging.state
+        if state is None:
+            return {"threads": torch.get_num_threads(), "blocks": [], "hidden": None}
+        # The order of a threaded sum depends on the number of threads, and resuming promises the same bits.
+        torch.set_num_threads(state["threads"])
+        self.n_resumed = len(state["blocks"])
+        return state
+
+    def _commit_block(self, shard: str, rows: list[PrunedLinear], hidden: dict[str, Any] | None) -> None:
+        n_bytes = (self.folder / shard).stat().st_size
+        self.state["blocks"].append({"file": shard, "bytes": n_bytes, "linears": [asdict(row) for row in rows]})
+        self.state["hidden"] = hidden
+        self.staging.save(self.state)
+
+    # --- blocks ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _n_shards(self) -> int:
+        return self.skeleton.n_blocks + len(self._copy_groups())
+
+    def blocks(self) -> None:
+        """Prune every block that is not finished yet."""
+        n_blocks = self.skeleton.n_blocks
+        done = len(self.state["blocks"])
+        n_windows = 0 if self.windows is None else self.windows.ids.shape[0]
+        self.progress.stage("pruning", n_blocks * (2 * n_windows + 1))
+        self.progress.advance(done * (2 * n_windows + 1))
+        if done == n_blocks:
+            return
+        files, calls = self._enter(done)
+        for index in range(done, n_blocks):
+            block = self.binding.load_block(index, self.dtype, self.device)
+            specs = [spec for spec in self.skeleton.linears[index] if spec.name in self.patterns]
+            stats = self._collect(block, index, specs, files, calls)
+            rows = [self._prune_linear(spec, stats.get(spec.name)) for spec in specs]
+            shard = _SHARD.format(index + 1, self._n_shards)
+            write_shard(self.folder / shard, self.binding.stored_form(index))
+            hidden = None
+            # What the last block puts out feeds nothing that is pruned.
+            if calls is not None and index + 1 < n_blocks:
+                inputs, outputs = files[index % 2], files[(index + 1) % 2]
+                checksum = outputs.write(self._outputs(block, index, inputs, calls))
+                hidden = {"file": outputs.path.name, "crc32": checksum}
+            self.binding.unload(block)
+            return_freed_memory()
+            self._commit_block(shard, rows, hidden)
+            self.progress.advance()
+
+    def _enter(self, done: int) -> tuple[tuple[HiddenFile, ...], Calls | None]:
+        if self.windows is None:
+            return (), None
+        ids = torch.from_numpy(self.windows.ids)
+        paths = self.folder / _HIDDEN[0], self.folder / _HIDDEN[1]
+        calls, files = enter(self.binding, ids, paths, self.dtype, self.device, resume=done > 0)
+        return files, calls
+
+    def _outputs(self, block: Any, index: int, inputs: HiddenFile, calls: Calls) -> Iterator[torch.Tensor]:
+        for hidden in inputs.windows(self.device):
+            yield calls.run(block, index, hidden)
+            self.progress.advance()
+
+    def _collect(
+        self, block: Any, index: int, specs: list[LinearSpec], files: Sequence[HiddenFile], calls: Calls | None
+    ) -> dict[str, InputStats]:
+        if calls is None:
+            return {}
+        with collect(block, self.skeleton.prefix(index), specs) as collector:
+            for _ in self._outputs(block, index, files[index % 2], calls):
+                collector.forget_last()
+        stats = collector.result(specs)
+        unseen = [spec for spec in specs if stats[spec.name].n_tokens == 0]
+        # An expert may be routed to by no token; a module, or all experts at once, cannot.
+        seen = {spec.parameter for spec in specs if stats[spec.name].n_tokens}
+        for spec in unseen:
+            if spec.parameter not in seen:
+                raise ModelError(
+                    f"{spec.name}: its module is never called, so its inputs cannot be seen; "
+                    f"pass --exclude '{spec.name}' or --method magnitude"
+                )
+        if unseen:
+            self.progress.notice(
+                f"{len({spec.expert for spec in unseen})} experts of block {index} saw no calibration token; "
+                "their inputs count as equal (use more calibration text)"
+            )
+        return stats
+
+    def _prune_linear(self, spec: LinearSpec, stats: InputStats | None) -> PrunedLinear:
+        pattern = self.patterns[spec.name]
+        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
+        score = SCORES[self.recipe.method](weight, stats, self.recipe.exponent)
+        group = METHODS[self.recipe.method].group
+        keep = keep_mask(score, pattern, default_group=group)
+        del score
+        squares = weight.float().square()
+        if stats is not None:
+            squares *= stats.rms.square()
+        whole = float(squares.sum(dtype=torch.float64))
+        lost = float(squares.masked_fill_(keep, 0).sum(dtype=torch.float64))
+        weight.masked_fill_(~keep, 0)
+        return PrunedLinear(
+            name=spec.name,
+            shape=(spec.out_features, spec.in_features),
+            pattern=str(pattern),
+            group=str(pattern.m) if isinstance(pattern, NofM) else (pattern.group or group),
+            zeros=int((weight == 0).sum()),
+            relative_error=lost / whole if whole > 0 else 0.0,
+            n_tokens=stats.n_tokens if stats is not None else 0,
+        )
+
+    # --- the rest of the checkpoint --------------------------------------------------------------------------------
+
+    def _copy_groups(self) -> list[list[str]]:
+        groups: list[list[str]] = []
+        size = _COPY_BYTES
+        for name in sorted(self.binding.stored_outside_blocks()):
+            n_bytes = self.binding.reader.tensors[name].n_bytes
+            if size + n_bytes > _COPY_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += n_bytes
+        return groups
+
+    def finish(self) -> None:
+        """Write what is not in a block, the index, the configuration and the manifest."""
+        reader, staging = self.binding.reader, self.folder
+        shards = {
+            block["file"]: {
+                name: reader.tensors[name].n_bytes for name in self.binding.stored_in(self.skeleton.prefix(index))
+            }
+            for index, block in enumerate(self.state["blocks"])
+        }
+        for i, names in enumerate(self._copy_groups(), self.skeleton.n_blocks + 1):
+            shard = _SHARD.format(i, self._n_shards)
+            write_shard(staging / shard, self.binding.copies(names))
+            shards[shard] = {name: reader.tensors[name].n_bytes for name in names}
+        write_index(staging, shards)
+        write_json(
+            staging / "config.json",
+            portable_config(self.skeleton.config, getattr(self.skeleton.text_config, "rope_parameters", None)),
+        )
+        copy_side_files(self.source.folder, staging)
+        for name in (*_HIDDEN, *(path.name for path in staging.glob("*.tmp"))):
+            (staging / name).unlink(missing_ok=True)
+        linears = [
+            PrunedLinear(**{**row, "shape": tuple(row["shape"])})
+            for block in self.state["blocks"]
+            for row in block["linears"]
+        ]
+        body = self._manifest_body(linears)
+        run = {
+            "seconds": round(time.monotonic() - self.began[0], 3),
+            "user_cpu_seconds": round(resource.getrusage(resource.RUSAGE_SELF).ru_utime - self.began[1], 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "threads": torch.get_num_threads(),
+            "blocks_resumed": self.n_resumed,
+        }
+        write_json(staging / manifest.RUN, run)
+        manifest.write(staging, body)
+
+    def _manifest_body(self, linears: list[PrunedLinear]) -> dict[str, Any]:
+        reader = self.binding.reader
+        # Parameters, not stored tensors: checkpoints may hold buffers, and a tied weight twice.
+        tied = self.binding.tied()
+        total = sum(p.numel() for name, p in self.skeleton.model.named_parameters() if name not in tied)
+        prunable = sum(spec.n_weights for block in self.skeleton.linears for spec in block)
+        return {
+            "kind": "checkpoint",
+            "source": {
+                "name": self.source.name,
+                "origin": self.source.origin,
+                "model_type": self.skeleton.config["model_type"],
+                "files": {path.name: sha256_file(path) for path in reader.files},
+            },
+            "recipe": self.recipe.to_dict(),
+            "calibration": self.windows.describe() if self.windows else None,
+            "coverage": manifest.coverage(total, prunable, linears),
+            "linears": manifest.linear_records(linears),
+            "notices": self.skeleton.notices,
+            "versions": manifest.versions("torch", "transformers", "safetensors"),
+        }

@@ -1,0 +1,66 @@
+"""The export targets by name. Each writes into a staging folder and returns what the manifest should add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import UsageError, VerificationError
+
+Writer = Callable[[Path, Path, dict[str, Any], bool], dict[str, Any]]
+
+
+def _hf(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    from sparsify.exporters.hf import export_hf
+
+    export_hf(checkpoint, out)
+    return {}
+
+
+def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Export, then run both models: what the manifest calls parity was measured on the files that are delivered."""
+    from dataclasses import asdict
+
+    from sparsify.bench.parity import check_parity
+    from sparsify.exporters.onnx_standard import OPSET, export_onnx
+    from sparsify.exporters.onnx_weights import find_weights
+    from sparsify.naming import linear_weights
+    from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
+    from sparsify.runtimes.torch_session import TorchSession
+
+    export_onnx(checkpoint, out, trust_remote_code=trust_remote_code)
+    pruned = {row["name"] for row in body["linears"]}
+    weights = (
+        (spec.name, weight.numpy())
+        for spec, weight in linear_weights(checkpoint, trust_remote_code=trust_remote_code)
+        if spec.name in pruned
+    )
+    places = find_weights(out / "model.onnx", weights)
+    for name, place in places.items():
+        if place is None:
+            raise VerificationError(f"{out / 'model.onnx'}: the weight of {name} is not in the graph bit for bit")
+    with (
+        TorchSession(checkpoint, trust_remote_code=trust_remote_code) as reference,
+        OnnxRuntimeSession(out) as candidate,
+    ):
+        parity = check_parity(reference, candidate, vocab_size=reference.vocab_size)
+    located = {name: asdict(place) for name, place in places.items() if place is not None}
+    return {
+        "onnx": {"layout": "standard", "precision": "float32", "opset": OPSET, "weights": located},
+        "parity": {**asdict(parity), "max_abs_diff": parity.max_abs_diff},
+    }
+
+
+TARGETS: dict[str, Writer] = {"hf": _hf, "onnx": _onnx}
+
+
+def find_target(name: str) -> Writer:
+    """The writer of target ``name``.
+
+    Raises:
+        UsageError: there is none; the message lists them.
+    """
+    if name not in TARGETS:
+        raise UsageError(f"target {name!r} is unknown; choose one of {', '.join(TARGETS)}")
+    return TARGETS[name]

