@@ -254,8 +254,10 @@ class _Run:
         if calls is None:
             return {}
         with collect(block, self.skeleton.prefix(index), specs) as collector:
-            for _ in self._outputs(block, index, files[index % 2], calls):
-                collector.forget_last()
+            for hidden in files[index % 2].windows(self.device):
+                with collector.window():
+                    calls.run(block, index, hidden)
+                self.progress.advance()
         stats = collector.result(specs)
         unseen = [spec for spec in specs if stats[spec.name].n_tokens == 0]
         # An expert may be routed to by no token; a module, or all experts at once, cannot.

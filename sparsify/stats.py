@@ -7,7 +7,7 @@ out by identity at run time and holds for any architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -91,14 +91,51 @@ class _FusedExperts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class Collector:
-    """What ``collect`` fills; ``result`` is read after the block has run."""
+class _AllSeen(Exception):
+    """Leaves a forward pass whose remaining results nobody needs."""
 
-    def __init__(self) -> None:
+
+class Collector:
+    """What ``collect`` fills; ``result`` is read after the block has run.
+
+    Args:
+        keys: every (parameter name, expert) whose input is wanted.
+    """
+
+    def __init__(self, keys: Iterable[tuple[str, int | None]]) -> None:
+        self._keys = sorted(set(keys), key=repr)
         self._accumulators: list[Accumulator] = []
         self._index: dict[tuple[str, int | None], int] = {}
         self._owners: set[tuple[str, int | None]] = set()
         self._last: tuple[torch.Tensor, int] | None = None
+        self._called: list[tuple[str, int | None]] | None = None
+        self._may_stop: bool | None = None
+
+    @contextmanager
+    def window(self) -> Iterator[None]:
+        """One forward pass, for its inputs only: from the second on it ends where the last of them has been seen.
+
+        The first pass is complete and shows whether each linear is called once, no more; where that does not hold (in
+        mixtures of experts, mostly) all are complete. Nobody asks for what the last linear would compute, a quarter of
+        a Llama block's work.
+        """
+        self._called = []
+        try:
+            yield
+            each_once = sorted(self._called, key=repr) == self._keys
+            self._may_stop = each_once and self._may_stop is not False
+        except _AllSeen:
+            pass
+        finally:
+            self._called = self._last = None
+
+    def see(self, key: tuple[str, int | None], x: torch.Tensor) -> None:
+        """``add``, and within ``window`` the end of the pass when this was the last input it is for."""
+        self.add(key, x)
+        if self._called is not None:
+            self._called.append(key)
+            if self._may_stop and len(self._called) == len(self._keys) == len(set(self._called)):
+                raise _AllSeen
 
     def add(self, key: tuple[str, int | None], x: torch.Tensor) -> None:
         """Count ``x`` as input of ``key`` = (parameter name, expert); the same tensor object is counted once.
@@ -118,10 +155,6 @@ class Collector:
             raise ModelError(f"{key[0]}: shares its input with another linear in some calls only; exclude it")
         self._accumulators[index].add(x)
         self._last = (x, index)
-
-    def forget_last(self) -> None:
-        """Let go of the last input between forward passes."""
-        self._last = None
 
     def result(self, specs: Sequence[LinearSpec]) -> dict[str, InputStats]:
         """Statistics by linear name; a linear that saw no token (an expert never routed to) has n_tokens = 0.
@@ -152,7 +185,7 @@ def collect(block: nn.Module, prefix: str, specs: Sequence[LinearSpec]) -> Itera
         prefix: its full name with a trailing dot, ``model.layers.0.``.
         specs: its linears.
     """
-    collector = Collector()
+    collector = Collector((spec.parameter, spec.expert) for spec in specs)
     handles = []
     fused: dict[int, tuple[str, torch.Tensor]] = {}
     for parameter in dict.fromkeys(spec.parameter for spec in specs):
@@ -164,16 +197,15 @@ def collect(block: nn.Module, prefix: str, specs: Sequence[LinearSpec]) -> Itera
             module = block.get_submodule(local.rpartition(".")[0])
 
             def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], parameter: str = parameter) -> None:
-                collector.add((parameter, None), inputs[0])
+                collector.see((parameter, None), inputs[0])
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
         if fused:
-            with _FusedExperts(fused, collector.add):
+            with _FusedExperts(fused, collector.see):
                 yield collector
         else:
             yield collector
     finally:
         for handle in handles:
             handle.remove()
-        collector.forget_last()

@@ -1,5 +1,6 @@
 """Every family: found linears, loaded blocks, calls and statistics, against transformers' own forward pass."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sparsify.hidden import enter, file_crc32
 from sparsify.model import FAMILIES, load_skeleton, weight_view
 from sparsify.naming import Binding
 from sparsify.stats import collect
+from sparsify.types import LinearSpec
 from tests import conftest
 
 EXPECTED = {
@@ -112,14 +114,46 @@ def test_linears_that_share_an_input_share_statistics(random_models: Callable[[s
         block = binding.load_block(0, torch.float32, "cpu")
         with collect(block, skeleton.prefix(0), skeleton.linears[0]) as collector:
             for hidden in file.windows("cpu"):
-                calls.run(block, 0, hidden)
-                collector.forget_last()
+                with collector.window():
+                    calls.run(block, 0, hidden)
         stats = collector.result(skeleton.linears[0])
     by_part = {name.rpartition(".")[2]: value for name, value in stats.items()}
     assert by_part["q_proj"] is by_part["k_proj"] is by_part["v_proj"]
     assert by_part["gate_proj"] is by_part["up_proj"]
     assert len({id(value) for value in stats.values()}) == 4
     assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+class Twice(torch.nn.Module):
+    """Calls ``second`` again where the first channel is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.second(self.first(x))
+        return self.second(y) if x[0, 0] > 0 else y
+
+
+def test_passes_for_statistics_end_at_the_last_input_and_only_where_that_is_safe() -> None:
+    def passes(signs: list[int], stop: bool) -> tuple[dict[str, float], int]:
+        torch.manual_seed(0)
+        block, finished = Twice(), []
+        specs = [LinearSpec(f"b.{part}", f"b.{part}.weight", 4, 4) for part in ("first", "second")]
+        block.second.register_forward_hook(lambda *_: finished.append(1))
+        with collect(block, "b.", specs) as collector:
+            for sign in signs:
+                with collector.window() if stop else contextlib.nullcontext():
+                    block(torch.full((2, 4), float(sign)))
+        return {name: value.sq_norm.sum().item() for name, value in collector.result(specs).items()}, len(finished)
+
+    whole, n_whole = passes([-1, -1, -1], stop=False)
+    cut, n_cut = passes([-1, -1, -1], stop=True)
+    assert cut == whole
+    assert (n_whole, n_cut) == (3, 1)
+    # Called twice in the first pass: nothing is ever cut, and the second input counts.
+    assert passes([1, -1, 1], stop=True) == passes([1, -1, 1], stop=False)
 
 
 def test_expert_statistics_are_those_of_the_routed_tokens(random_models: Callable[[str], Path], tmp_path: Path) -> None:
