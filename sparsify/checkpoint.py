@@ -207,6 +207,11 @@ def portable_config(config: Mapping[str, Any], rope_parameters: Any = None) -> d
         rope_parameters: those of the loaded config, for a source that has only the older keys.
     """
     result = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    text = result.get("text_config")
+    if isinstance(text, dict):
+        # A model that also sees images: the language model's settings are one level down.
+        result["text_config"] = portable_config(text, rope_parameters)
+        rope_parameters = None
     rope = result.get("rope_parameters") or rope_parameters
     if isinstance(rope, dict) and rope:
         result["rope_parameters"] = rope

@@ -128,8 +128,15 @@ def prune_command(
     out = required(out, "--out")
     with _progress() as progress:
         source = resolve(required(run.get("model"), "MODEL"))
-        trust = run.get("trust_remote_code", False)
-        prune(source, settings, out, overwrite=overwrite, device=device, trust_remote_code=trust, progress=progress)
+        prune(
+            source,
+            settings,
+            out,
+            overwrite=overwrite,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     body, timing = manifest.read(out), read_json(out / manifest.RUN)
     if json:
         print_json(
@@ -214,10 +221,12 @@ def prune_and_export_command(
             settings,
             run.get("targets", ["hf"]),
             out,
-            evaluation=Evaluation(**{k.removeprefix("eval_"): v for k, v in run.items() if k.startswith("eval_")}),
+            evaluation=Evaluation(
+                **{k.removeprefix("eval_"): v for k, v in run.items() if k.startswith("eval_")}, bos=settings.bos
+            ),
             overwrite=overwrite,
             device=device,
-            trust_remote_code=run.get("trust_remote_code", False),
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json:

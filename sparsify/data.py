@@ -67,10 +67,9 @@ def load_windows(
     seed: int = 0,
     bos: bool | None = None,
     stride: int | None = None,
-    vocab_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> Windows:
-    """Token windows from ``source``.
+    """Token windows from ``source``, within the vocabulary and the context of the model in ``folder``.
 
     For calibration the text is cut into consecutive windows and ``n_windows`` of them are drawn with ``seed``; for
     evaluation the first ``n_windows`` are used, so that a perplexity says which text it was measured on.
@@ -78,23 +77,28 @@ def load_windows(
     Args:
         source: ``pydoc`` (the English of Python's own help, always there; the splits share no topic), a ``.jsonl``
             file with a ``text`` key, another text file, ``FILE.safetensors:KEY`` (a [windows, length] integer tensor,
-            used as it stands), ``self`` (sampled from the model), or ``hf:NAME[:SPLIT[:COLUMN]]`` through ``datasets``.
-        folder: model folder, for its tokenizer.
+            used as it stands), ``self`` (sampled from the model), or ``hf:NAME[@CONFIG][:SPLIT[:COLUMN]]`` through
+            ``datasets``.
+        folder: model folder, for its tokenizer and its limits.
         n_windows: windows wanted; ids in a safetensors file come as they are.
         length: tokens per window, BOS included.
         split: which half of ``pydoc`` to use, and whether windows are drawn or taken in order.
         seed: seed of the draw.
         bos: start every window with BOS; None does what the tokenizer does by itself.
         stride: evaluation only: tokens from the start of a window to the next; None means ``length``.
-        vocab_size: ids must be below it.
         trust_remote_code: let the model's own code load.
 
     Raises:
-        DataError: missing, empty, binary or too short text, ids out of range.
+        DataError: missing, empty, binary or too short text, ids outside the vocabulary, windows beyond the context.
+        ModelError: the folder has no config.json.
         MissingExtraError: ``datasets`` is not installed.
     """
     if n_windows < 1 or length < 2:
         raise DataError(f"{n_windows} windows of {length} tokens: at least 1 window of 2 tokens is needed")
+    vocab_size, context = model_limits(folder)
+    from_ids = ".safetensors:" in source
+    if context is not None and length > context and not from_ids:
+        raise DataError(f"length {length} exceeds the model's context of {context} tokens; give {context} or less")
     path, _, key = source.rpartition(":")
     if path.endswith(".safetensors"):
         windows = Windows(_read_ids(Path(path), key), source, None, None)
@@ -112,7 +116,31 @@ def load_windows(
             f"{source}: token ids run from {low} to {high}, the model's vocabulary has {vocab_size}; "
             "the ids belong to another tokenizer"
         )
+    if context is not None and windows.ids.shape[1] > context:
+        raise DataError(
+            f"{source}: windows of {windows.ids.shape[1]} tokens exceed the model's context of {context}; "
+            "give shorter windows"
+        )
     return windows
+
+
+def model_limits(folder: Path) -> tuple[int | None, int | None]:
+    """(vocabulary size, longest context) by the config of a model folder; None where it names no such limit.
+
+    Raises:
+        ModelError: config.json is missing or not JSON.
+    """
+    from sparsify.checkpoint import read_config
+
+    config = read_config(folder)
+    text = config.get("text_config")
+    merged = {**config, **(text if isinstance(text, dict) else {})}
+
+    def limit(*keys: str) -> int | None:
+        values = [merged[key] for key in keys if isinstance(merged.get(key), int) and merged[key] > 0]
+        return values[0] if values else None
+
+    return limit("vocab_size"), limit("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def _read_ids(path: Path, key: str) -> NDArray[np.int64]:
@@ -192,8 +220,9 @@ def _from_datasets(source: str) -> str:
     import datasets
 
     name, split, column = [*source.removeprefix("hf:").split(":"), "", ""][:3]
+    name, _, configuration = name.partition("@")
     try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         parts: list[str] = []
         size = 0
         for row in rows:
@@ -263,7 +292,7 @@ def _cut(
     body = length - int(bos)
     step = body if stride in (None, length) else stride
     if not 1 <= step <= body or (bos and step != body):
-        raise DataError(f"stride {step}: want 1 to {length}, and with BOS no overlap (leave --stride out)")
+        raise DataError(f"stride {step}: want 1 to {length}; windows that start with BOS cannot overlap (--no-bos)")
     available = max(0, (len(ids) - body) // step + 1)
     if available < n_windows:
         raise DataError(
@@ -299,6 +328,8 @@ def _sample_from_model(
     model = load_model(folder, "auto", trust_remote_code=trust_remote_code)
     generator = torch.Generator().manual_seed(seed)
     start = model.config.get_text_config().bos_token_id
+    if start is not None and not (isinstance(start, int) and 0 <= start < model.get_input_embeddings().num_embeddings):
+        raise DataError(f"{folder / 'config.json'}: bos_token_id {start!r} is no token of the vocabulary; mend it")
     columns = []
     with torch.inference_mode():
         if start is None:

@@ -15,12 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import OutputError
+from sparsify.errors import OutputError, SparsifyError
 
 _LOCK = ".lock"
 _STATE = ".state.json"
-# Any of these marks a folder as an output of ours.
-_OURS = {"sparsify.json", "report.json", "gguf.json"}
+# Files that mark a folder as an output of ours, and what such a file holds at least: the names alone are anybody's.
+_MARKS = {
+    "sparsify.json": ("format", "kind", "files"),
+    "report.json": ("model", "coverage", "artifacts"),
+    "gguf.json": ("file", "sha256"),
+}
 
 
 @contextmanager
@@ -117,11 +121,13 @@ class Staging:
     Attributes:
         path: the folder.
         state: what ``save`` last stored, or None where the work starts afresh.
+        keep: the folder holds finished work that outlives an error (see ``staging_folder``).
     """
 
     def __init__(self, path: Path, out: Path, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self.state: dict[str, Any] | None = None
+        self.keep = False
         self._out = out
         self._fingerprint = fingerprint
 
@@ -162,6 +168,8 @@ class Staging:
         """
         with writing(self._out):
             if self._out.exists():
+                # The old output is about to be a staging folder; a process killed before it is removed leaves one.
+                (self._out / _LOCK).touch()
                 _exchange(self.path, self._out)
                 shutil.rmtree(self.path)
             else:
@@ -198,7 +206,9 @@ def staging_folder(
 ) -> Iterator[Staging]:
     """A locked folder next to ``out`` to build in; an interrupted run of the same ``fingerprint`` is found again.
 
-    The folder stays after an error, so that the run can resume; ``Staging.commit`` makes it the output.
+    The folder stays after an interruption or a failed write, so that the run can resume; ``Staging.commit`` makes it
+    the output. After any other error the user has to change something that the work depends on, so it is removed,
+    unless ``Staging.keep`` says otherwise.
 
     Args:
         out: the final folder; must not exist, or be empty, unless ``overwrite``.
@@ -211,15 +221,16 @@ def staging_folder(
     Raises:
         OutputError: ``out`` exists, is not ours to replace, is not writable, or another process works on it.
     """
-    out = Path(os.path.abspath(out))
+    # Links are followed now: work on the disk that the user chose, and a rename that replaces the folder, not the link.
+    out = Path(os.path.realpath(out))
     for folder in inputs:
-        if Path(os.path.abspath(folder)).is_relative_to(out):
+        if Path(os.path.realpath(folder)).is_relative_to(out):
             raise OutputError(f"{out}: holds the input {folder}; choose another --out")
     _check_replaceable(out, overwrite)
     path = staging_path(out)
     with writing(path):
         names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-        if names and not names & {_LOCK, *_OURS}:
+        if names and not names & {_LOCK, _STATE}:
             raise OutputError(f"{path}: is not a folder of sparsify's; move it away or choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / _LOCK).open("a")
@@ -235,7 +246,14 @@ def staging_folder(
         if obstacle:
             with writing(path):
                 clear(path)
-        yield staging
+        try:
+            yield staging
+        except OutputError:
+            raise
+        except SparsifyError:
+            if not staging.keep:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
@@ -243,12 +261,40 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"{out}: is a file; choose another --out")
+    if os.path.ismount(out) or Path.cwd().is_relative_to(out):
+        # Neither can be replaced by a rename, and that would show only after the work.
+        what = "a mount point" if os.path.ismount(out) else "the current folder"
+        raise OutputError(f"{out}: is {what}, which no output can replace; choose a folder inside it as --out")
     with writing(out):
         names = {path.name for path in out.iterdir()}
     if names and not overwrite:
         raise OutputError(f"{out}: exists and is not empty; choose another --out or pass --overwrite")
-    if names and not names & _OURS:
-        raise OutputError(f"{out}: is not an output of sparsify, so --overwrite leaves it alone; choose another --out")
+    foreign = sorted(names - _our_names(out))
+    if foreign:
+        raise OutputError(
+            f"{out}: {foreign[0]} is not part of an output of sparsify, so --overwrite leaves the folder alone; "
+            "move that away or choose another --out"
+        )
+
+
+def _our_names(folder: Path) -> set[str]:
+    """Names of the entries that ``folder`` has as an output of ours; none if it is no such output."""
+    for mark, keys in _MARKS.items():
+        try:
+            value = read_json(folder / mark)
+        except (OSError, ValueError):
+            continue
+        if not isinstance(value, dict) or not all(key in value for key in keys):
+            continue
+        if mark == "gguf.json":  # in the cache, where nobody else puts anything
+            return {entry.name for entry in folder.iterdir()}
+        if mark == "sparsify.json":
+            listed = [str(name).partition("/")[0] for name in value["files"]]
+            return {mark, "run.json", _LOCK, _STATE, *listed}
+        artifacts = value["artifacts"] if isinstance(value["artifacts"], list) else []
+        targets = [str(entry.get("path")) for entry in artifacts if isinstance(entry, dict)]
+        return {mark, "report.md", "checkpoint", _LOCK, _STATE, *targets}
+    return set()
 
 
 def clear(folder: Path) -> None:

@@ -191,10 +191,14 @@ def _record(recorder: _Recorder, base: nn.Module, ids: torch.Tensor) -> torch.Te
         try:
             with recorder.installed():
                 base(input_ids=ids, use_cache=False)
-        except Exception:
+        except Exception as error:
             # The wrong return form fails in whatever way the model's next line fails; the other form decides.
             if attempt:
-                raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ModelError(
+                    f"model type {recorder.skeleton.config['model_type']}: its blocks cannot be run one by one "
+                    f"({reason}); this architecture is not supported yet, --method magnitude needs no run"
+                ) from error
             recorder.passed_through = False
         in_order = len(recorder.arguments) == recorder.skeleton.n_blocks
         if recorder.first is not None and recorder.passed_through and in_order and recorder.first.dim() == 3:

@@ -115,6 +115,11 @@ def read(folder: Path) -> dict[str, Any]:
     for row in value["linears"]:
         if not _is_linear(row):
             raise VerificationError(f"{path}: an entry of linears is malformed ({str(row)[:80]}); export again")
+    # An artifact whose manifest lists no linear would pass every check that goes over the linears.
+    selected = sum(row["shape"][0] * row["shape"][1] for row in value["linears"])
+    zeros = sum(row["zeros"] for row in value["linears"])
+    if not selected or (selected, zeros) != (value["coverage"]["selected"], value["coverage"]["zeros"]):
+        raise VerificationError(f"{path}: keys coverage and linears disagree; export the artifact again")
     for name, entry in value["files"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str) or _escapes(name):
             raise VerificationError(f"{path}: entry {name!r} of files is malformed; export the artifact again")

@@ -11,6 +11,9 @@ import torch
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import NofM, Pattern, Unstructured
 
+# Groups up to this size are ranked by comparing all pairs, which beats sorting very short rows.
+_FEW = 32
+
 
 def keep_mask(score: torch.Tensor, pattern: Pattern, *, default_group: str = "layer") -> torch.Tensor:
     """``keep`` [out, in] bool: the weights of highest ``score`` that the pattern allows.
@@ -37,10 +40,15 @@ def _keep_n_of_m(score: torch.Tensor, pattern: NofM) -> torch.Tensor:
     n_out, n_in = score.shape
     if n_in % pattern.m:
         raise UsageError(f"pattern {pattern}: a width of {n_in} is not a multiple of {pattern.m}")
+    if pattern.m > _FEW:
+        # Stable: among equal scores the lower index comes first and is removed first.
+        order = score.reshape(n_out, -1, pattern.m).sort(dim=2, stable=True).indices
+        keep = torch.ones_like(order, dtype=torch.bool)
+        keep.scatter_(2, order[:, :, : pattern.m - pattern.n], False)
+        return keep.reshape(n_out, n_in)
     # Lanes first, so that each comparison below runs over contiguous memory instead of short rows of M.
     lanes = score.reshape(n_out, n_in // pattern.m, pattern.m).permute(2, 0, 1).contiguous()
-    # wins[j] counts the group members that j outranks; the higher index wins a tie. M(M-1)/2 comparisons beat a
-    # sort of very short rows, and the order among ties does not depend on a library's sort.
+    # wins[j] counts the group members that j outranks; the higher index wins a tie.
     wins = torch.zeros(lanes.shape, dtype=torch.int16, device=score.device)
     for high in range(1, pattern.m):
         for low in range(high):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.checkpoint import read_config
+from sparsify.checkpoint import CheckpointReader, read_config
 from sparsify.errors import ModelError
 from sparsify.types import LinearSpec
 
@@ -101,11 +101,7 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Skeleton:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    raw = read_config(folder)
-    if raw.get("quantization_config"):
-        raise ModelError(
-            f"{folder / 'config.json'}: quantization_config is set; prune the unquantised model and quantise afterwards"
-        )
+    raw = _plain_config(folder)
     # A model that transformers knows by itself may bring code all the same; its own class is then used.
     if raw.get("auto_map") and raw["model_type"] not in CONFIG_MAPPING_NAMES and not trust_remote_code:
         raise ModelError(f"{folder}: the model brings its own code; pass --trust-remote-code if you trust it")
@@ -115,8 +111,11 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Skeleton:
             # The eager expert loop calls linear() once per expert, which is where its inputs can be seen.
             for part in (config, config.get_text_config()):
                 part._experts_implementation = "eager"
+            _refuse_more_blocks_than_tensors(config, folder)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:
         # transformers raises any of a dozen types for a config it cannot use.
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -140,15 +139,35 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Skeleton:
     return Skeleton(model, raw, family.blocks, linears, notices)
 
 
+def _plain_config(folder: Path) -> dict[str, Any]:
+    raw = read_config(folder)
+    if raw.get("quantization_config"):
+        raise ModelError(
+            f"{folder / 'config.json'}: quantization_config is set; prune the unquantised model and quantise afterwards"
+        )
+    return raw
+
+
+def _refuse_more_blocks_than_tensors(config: Any, folder: Path) -> None:
+    # Building a hundred thousand blocks takes minutes, on the meta device too; each has a tensor at least.
+    n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(n_blocks, int) and n_blocks > len(CheckpointReader(folder).tensors):
+        raise ModelError(
+            f"{folder / 'config.json'}: key num_hidden_layers is {n_blocks}, more than the checkpoint has tensors; "
+            "they do not belong together"
+        )
+
+
 def load_model(folder: Path, dtype: torch.dtype | str, *, trust_remote_code: bool = False) -> Any:
-    """The whole model of ``folder`` in memory, in eval mode; every parameter comes from the files or it is refused.
+    """The whole model of ``folder`` in memory, in eval mode; every parameter comes from safetensors or it is refused.
 
     Raises:
-        ModelError: not a model folder, not loadable, or weights missing from the files.
+        ModelError: not a model folder, quantised, not loadable, or weights missing from the files.
     """
     from transformers import AutoModelForCausalLM
 
-    read_config(folder)
+    _plain_config(folder)
+    CheckpointReader(folder)  # its errors name the file; transformers' do not
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -156,6 +175,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, *, trust_remote_code: boo
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except Exception as error:

@@ -7,6 +7,7 @@ used here in both directions so that the pruned checkpoint has the tensors of it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Binding:
         }
         self._origins = self._match(mapping)
         self._check()
+        self._notice_unused()
         self._transposed = {spec.parameter for block in skeleton.linears for spec in block if spec.transposed}
         self._by_owner: dict[str, list[str]] = {}
         for name, origin in self._origins.items():
@@ -122,6 +124,29 @@ class Binding:
                     f"{info.file}: tensor {name} has shape {list(info.shape)}, config.json asks for {list(expected)}; "
                     "they do not belong together"
                 )
+
+    def _notice_unused(self) -> None:
+        """Say which tensors the model has no parameter for; refuse what looks like blocks that config.json denies."""
+        ignored = getattr(self.skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or []
+        unused = [
+            name
+            for name in self.reader.tensors
+            if name not in self._origins and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if not unused:
+            return
+        further = re.compile(rf"(^|\.){re.escape(self.skeleton.blocks.rpartition('.')[2])}\.(\d+)\.")
+        for name in unused:
+            index = further.search(name)
+            if index and int(index[2]) >= self.skeleton.n_blocks:
+                raise ModelError(
+                    f"{self.reader.folder}: holds {name}, but config.json builds {self.skeleton.n_blocks} blocks; "
+                    "config.json and the shards do not belong together"
+                )
+        self.skeleton.notices.append(
+            f"{len(unused)} tensors of the checkpoint, {unused[0]} first, belong to no parameter of the model; "
+            "they are copied as they are"
+        )
 
     def _owner(self, parameter: str) -> str:
         rest = parameter.removeprefix(self.skeleton.blocks + ".")

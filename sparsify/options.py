@@ -50,7 +50,7 @@ Override = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text file, .jsonl, FILE.safetensors:KEY, pydoc (Python's help), self (sampled from the model), hf:NAME.",
+        help="Text file, .jsonl, FILE.safetensors:KEY, pydoc (Python's help), self (the model's own text), hf:NAME[@CONFIG].",
         show_default=_DEFAULT.calibration,
     ),
 ]
@@ -92,7 +92,6 @@ _RUN_KEYS: dict[str, type] = {
     "eval_length": int,
     "eval_stride": int,
     "device": str,
-    "trust_remote_code": bool,
 }
 
 
@@ -103,11 +102,14 @@ def merge_settings(recipe_file: Path | None, options: dict[str, Any]) -> tuple[R
     """
     values = read_yaml(recipe_file) if recipe_file else {}
     where = str(recipe_file) if recipe_file else "options"
+    if "trust_remote_code" in values:
+        # A recipe may come from anybody; running a model's code is for the person at the keyboard to decide.
+        raise UsageError(f"{where}: key 'trust_remote_code' is not for recipes; pass --trust-remote-code yourself")
     run: dict[str, Any] = {}
     for key, kind in _RUN_KEYS.items():
         if key in values:
             run[key] = values.pop(key)
-            if not isinstance(run[key], kind) or (isinstance(run[key], bool) and kind is not bool):
+            if not isinstance(run[key], kind) or isinstance(run[key], bool):
                 raise UsageError(f"{where}: key {key!r} is {type(run[key]).__name__}, expected {kind.__name__}")
             if kind is list and not all(isinstance(item, str) for item in run[key]):
                 raise UsageError(f"{where}: key {key!r} must be a list of strings")

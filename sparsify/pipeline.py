@@ -14,7 +14,7 @@ from typing import Any
 from sparsify import manifest
 from sparsify.bench.report import render_markdown
 from sparsify.data import Windows, load_windows
-from sparsify.errors import UsageError
+from sparsify.errors import UsageError, VerificationError
 from sparsify.files import folder_bytes, staging_folder, stamps, write_json, write_text
 from sparsify.memory import peak_memory_bytes
 from sparsify.progress import Progress, Silent
@@ -36,12 +36,14 @@ class Evaluation:
         windows: number of windows, taken from the start of the text.
         length: tokens per window.
         stride: tokens between window starts; None means ``length`` (no overlap).
+        bos: start every window with BOS; None does what the tokenizer does.
     """
 
     text: str = "pydoc"
     windows: int = 32
     length: int = 512
     stride: int | None = None
+    bos: bool | None = None
 
 
 def export(
@@ -59,7 +61,8 @@ def export(
 
     Raises:
         UsageError: unknown target.
-        VerificationError: ``checkpoint`` has no manifest, or the artifact computes something else than the model.
+        VerificationError: ``checkpoint`` has no manifest or is not what its manifest says, or the artifact computes
+            something else than the model.
     """
     progress = progress or Silent()
     write = find_target(target)
@@ -68,6 +71,9 @@ def export(
         raise UsageError(
             f"{checkpoint}: is an artifact of kind {body['kind']}; export from the pruned checkpoint or hf"
         )
+    damage = manifest.verify_files(checkpoint, body)
+    if damage:
+        raise VerificationError(f"{checkpoint}: {damage[0]} ({len(damage)} problems); prune again, then export")
     # Nothing in an export is worth resuming: no state is saved, so it starts from an empty folder.
     with staging_folder(out, {"command": "export"}, overwrite=overwrite, inputs=[checkpoint]) as staging:
         progress.stage(f"exporting {target}", 1)
@@ -126,7 +132,16 @@ def prune_and_export(
         staging.save({})
         checkpoint, hf = staging.path / _CHECKPOINT, staging.path / "hf"
         if not checkpoint.exists() and not hf.exists():
-            prune(source, recipe, checkpoint, device=device, trust_remote_code=trust_remote_code, progress=progress)
+            prune(
+                source,
+                recipe,
+                checkpoint,
+                overwrite=overwrite,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+            )
+        staging.keep = True
         for target in targets:
             if not (staging.path / target).exists():
                 origin = hf if hf.exists() else checkpoint
@@ -153,6 +168,7 @@ def _evaluation_windows(folder: Path, evaluation: Evaluation, trust_remote_code:
         length=evaluation.length,
         split="evaluation",
         stride=evaluation.stride,
+        bos=evaluation.bos,
         trust_remote_code=trust_remote_code,
     )
 

@@ -27,7 +27,7 @@ from sparsify.methods import METHODS
 from sparsify.model import Skeleton, load_skeleton, weight_view
 from sparsify.naming import Binding
 from sparsify.progress import Progress, Silent
-from sparsify.recipe import Recipe
+from sparsify.recipe import DEFAULT_CALIBRATION, Recipe
 from sparsify.scores import SCORES
 from sparsify.source import Source
 from sparsify.stats import InputStats, collect
@@ -71,11 +71,13 @@ def prune(
     return_large_frees()
     began = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     skeleton = load_skeleton(source.folder, trust_remote_code=trust_remote_code)
+    binding = Binding(CheckpointReader(source.folder), skeleton)
     for text in skeleton.notices:
         progress.notice(text)
-    binding = Binding(CheckpointReader(source.folder), skeleton)
+    if METHODS[recipe.method].needs_data and recipe.calibration == DEFAULT_CALIBRATION:
+        progress.notice("calibrating on Python's help texts; --calibration takes text like the model will serve")
     patterns = recipe.assign([spec for block in skeleton.linears for spec in block])
-    windows = _windows(source, recipe, skeleton, trust_remote_code) if METHODS[recipe.method].needs_data else None
+    windows = _windows(source, recipe, trust_remote_code) if METHODS[recipe.method].needs_data else None
     _check_dtypes(binding, recipe)
     with (
         staging_folder(
@@ -129,14 +131,8 @@ def _damage(folder: Path, state: Any) -> str | None:
     return None
 
 
-def _windows(source: Source, recipe: Recipe, skeleton: Skeleton, trust_remote_code: bool) -> Windows:
-    config = skeleton.text_config
-    longest = getattr(config, "max_position_embeddings", None) or recipe.length
-    if recipe.length > longest and ".safetensors:" not in recipe.calibration:
-        raise UsageError(
-            f"length {recipe.length} exceeds the model's context of {longest} tokens; pass --length {longest}"
-        )
-    windows = load_windows(
+def _windows(source: Source, recipe: Recipe, trust_remote_code: bool) -> Windows:
+    return load_windows(
         recipe.calibration,
         source.folder,
         n_windows=recipe.windows,
@@ -144,13 +140,8 @@ def _windows(source: Source, recipe: Recipe, skeleton: Skeleton, trust_remote_co
         split="calibration",
         seed=recipe.seed,
         bos=recipe.bos,
-        vocab_size=config.vocab_size,
         trust_remote_code=trust_remote_code,
     )
-    length = windows.ids.shape[1]
-    if length > longest and getattr(config, "max_position_embeddings", None):
-        raise UsageError(f"length {length} exceeds the model's context of {longest} tokens; give shorter windows")
-    return windows
 
 
 class _Run:
@@ -214,26 +205,27 @@ class _Run:
         n_windows = 0 if self.windows is None else self.windows.ids.shape[0]
         self.progress.stage("pruning", n_blocks * (2 * n_windows + 1))
         self.progress.advance(done * (2 * n_windows + 1))
+        chosen = [[spec for spec in block if spec.name in self.patterns] for block in self.skeleton.linears]
+        # What the last block with anything to prune puts out feeds nothing that is pruned.
+        last = max(index for index, specs in enumerate(chosen) if specs)
         if done == n_blocks:
             return
-        files, calls = self._enter(done)
-        for index in range(done, n_blocks):
+        files, calls = self._enter(done) if done <= last else ((), None)
+        for index, specs in enumerate(chosen[done:], done):
             block = self.binding.load_block(index, self.dtype, self.device)
-            specs = [spec for spec in self.skeleton.linears[index] if spec.name in self.patterns]
-            stats = self._collect(block, index, specs, files, calls)
+            stats = self._collect(block, index, specs, files, calls) if specs else {}
             rows = [self._prune_linear(spec, stats.get(spec.name)) for spec in specs]
             shard = _SHARD.format(index + 1, self._n_shards)
             write_shard(self.folder / shard, self.binding.stored_form(index))
             hidden = None
-            # What the last block puts out feeds nothing that is pruned.
-            if calls is not None and index + 1 < n_blocks:
+            if calls is not None and index < last:
                 inputs, outputs = files[index % 2], files[(index + 1) % 2]
                 checksum = outputs.write(self._outputs(block, index, inputs, calls))
                 hidden = {"file": outputs.path.name, "crc32": checksum}
             self.binding.unload(block)
             return_freed_memory()
             self._commit_block(shard, rows, hidden)
-            self.progress.advance()
+            self.progress.advance(1 + n_windows * (2 - (bool(specs) and calls is not None) - (hidden is not None)))
 
     def _enter(self, done: int) -> tuple[tuple[HiddenFile, ...], Calls | None]:
         if self.windows is None:

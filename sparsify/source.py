@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import MissingExtraError, ModelError
+from sparsify.errors import MissingExtraError, ModelError, OutputError
 from sparsify.files import read_json, sha256_file, staging_folder, write_json, writing
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -126,10 +126,14 @@ def _dequantised(file: Path) -> Path:
                 return out
         except (OSError, ValueError):
             pass
-    with staging_folder(out, {"command": "dequantise"}, overwrite=True) as staging:
-        _convert(file, staging.path)
-        write_json(staging.path / "gguf.json", {"file": file.name, "sha256": digest})
-        staging.commit()
+    try:
+        with staging_folder(out, {"command": "dequantise"}, overwrite=True) as staging:
+            _convert(file, staging.path)
+            write_json(staging.path / "gguf.json", {"file": file.name, "sha256": digest})
+            staging.commit()
+    except OutputError as error:
+        reason = str(error).partition("; ")[0]
+        raise OutputError(f"{reason}; set SPARSIFY_CACHE to a folder with room for the model's weights") from error
     return out
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import UsageError, VerificationError
+from sparsify.errors import MissingExtraError, UsageError, VerificationError
 
 Writer = Callable[[Path, Path, dict[str, Any], bool], dict[str, Any]]
 
@@ -52,15 +54,30 @@ def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: 
     }
 
 
-TARGETS: dict[str, Writer] = {"hf": _hf, "onnx": _onnx}
+@dataclass(frozen=True)
+class Target:
+    """A row of the table: ``write`` fills the artifact's folder, with the help of ``packages`` from ``extra``."""
+
+    write: Writer
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+
+
+TARGETS = {"hf": Target(_hf), "onnx": Target(_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnx")}
 
 
 def find_target(name: str) -> Writer:
-    """The writer of target ``name``.
+    """The writer of target ``name``, which can run: asked before the hours of work that come before it.
 
     Raises:
         UsageError: there is none; the message lists them.
+        MissingExtraError: a package that it needs is not installed.
     """
     if name not in TARGETS:
         raise UsageError(f"target {name!r} is unknown; choose one of {', '.join(TARGETS)}")
-    return TARGETS[name]
+    target = TARGETS[name]
+    absent = [package for package in target.packages if importlib.util.find_spec(package) is None]
+    if absent:
+        command = f'pip install "sparsify-toolkit[{target.extra}]"'
+        raise MissingExtraError(f"target {name} needs {' and '.join(absent)}; run: {command}")
+    return target.write

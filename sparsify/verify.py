@@ -62,9 +62,12 @@ def _onnx_linears(folder: Path, body: dict[str, Any]) -> Iterator[tuple[str, tor
     for name, place in located.items() if isinstance(located, dict) else ():
         try:
             rows = place["rows"] and (int(place["rows"][0]), int(place["rows"][1]))
-            location = WeightLocation(place["initializer"], bool(place["transposed"]), place["expert"], rows)
+            expert = place["expert"] if place["expert"] is None else int(place["expert"])
+            location = WeightLocation(str(place["initializer"]), bool(place["transposed"]), expert, rows)
         except (KeyError, TypeError, IndexError, ValueError):
-            raise VerificationError(f"{folder / manifest.NAME}: onnx.weights of {name} is malformed") from None
+            raise VerificationError(
+                f"{folder / manifest.NAME}: key onnx.weights of {name} is malformed; export the artifact again"
+            ) from None
         yield name, torch.from_numpy(np.array(weights.weight(location)))
 
 

@@ -68,16 +68,23 @@ class OnnxWeights:
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
 
     def read(self, name: str) -> NDArray[Any]:
-        """One initializer's values in their stored shape and dtype; external data as a read-only memory map.
+        """One initializer's float32 values in their stored shape; external data as a read-only memory map.
 
         Raises:
-            ModelError: no such initializer, or its external data is missing or truncated.
+            ModelError: no such initializer, one of another type, or its external data is missing or truncated.
         """
         if name not in self.tensors:
             raise ModelError(f"{self._path}: has no initializer {name!r}")
         tensor = self.tensors[name]
+        if tensor.data_type != _FLOAT:
+            raise ModelError(
+                f"{self._path}: initializer {name!r} has data type {tensor.data_type}, not float32"
+            )
         if tensor.data_location != self._onnx.TensorProto.EXTERNAL:
-            values: NDArray[Any] = self._onnx.numpy_helper.to_array(tensor)
+            try:
+                values: NDArray[Any] = self._onnx.numpy_helper.to_array(tensor)
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ModelError(f"{self._path}: initializer {name!r} cannot be read: {error}") from error
             return values
         where = {entry.key: entry.value for entry in tensor.external_data}
         location = where.get("location", "")
@@ -87,10 +94,9 @@ class OnnxWeights:
                 f"{self._path}: initializer {name} names the external file {location!r}, not a file beside it"
             )
         data_path = self._path.parent / location
-        dtype = self._onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         try:
-            return np.memmap(data_path, dtype, "r", int(where.get("offset", 0)), tuple(tensor.dims))
-        except (OSError, ValueError) as error:
+            return np.memmap(data_path, np.float32, "r", int(where.get("offset", 0)), tuple(tensor.dims))
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise ModelError(f"{data_path}: initializer {name} cannot be read: {error}") from error
 
     def weight(self, location: WeightLocation) -> NDArray[Any]:
@@ -101,7 +107,7 @@ class OnnxWeights:
         """
         try:
             return location.view(self.read(location.initializer))
-        except IndexError:
+        except (IndexError, ValueError):
             raise ModelError(f"{self._path}: {location} does not fit the initializer") from None
 
 
