@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 WIDTH = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
 
 
@@ -53,6 +55,7 @@ def child(action: str, folder: Path, ids: str, headroom: int) -> None:
     import torch
     import transformers
 
+    from sparsify.memory import peak_memory_bytes
     from sparsify.prune import prune
     from sparsify.recipe import Recipe
     from sparsify.source import Source
@@ -73,7 +76,8 @@ def child(action: str, folder: Path, ids: str, headroom: int) -> None:
         )
     else:
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    print(json.dumps({"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    # Not ru_maxrss: a process inherits that from the one that started it, and the one here has made the model.
+    print(json.dumps({"peak_memory_bytes": peak_memory_bytes()}))
 
 
 def main() -> None:
@@ -113,11 +117,13 @@ def main() -> None:
                     else {"failed": result.returncode, "error": result.stderr.strip().splitlines()[-1][:200]}
                 )
             records.append(record)
-            peak = record["prune"].get("peak_rss_bytes", 0) / 2**20
-            naive = record["load"].get("error") or f"peak {record['load']['peak_rss_bytes'] / 2**20:.0f} MiB"
+            peak = record["prune"].get("peak_memory_bytes", 0) / 2**20
+            naive = record["load"].get("error") or f"peak {record['load']['peak_memory_bytes'] / 2**20:.0f} MiB"
             print(f"| {n_blocks} | {size / 2**20:.0f} | {options.headroom_mib} | {peak:.0f} | {naive} |", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"width": WIDTH, "records": records}, indent=1) + "\n", encoding="utf-8")
+        options.out.write_text(
+            json.dumps({"commit": commit(), "width": WIDTH, "records": records}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

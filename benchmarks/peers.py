@@ -7,9 +7,9 @@ implementations is read, not copied. Each run prunes the embedded model by one m
 measures its perplexity in PyTorch, float32.
 
 `--official-rounding` computes in the order of the official implementations: the input norms as a float32 mean updated
-after each window (ours is a float64 sum), RIA's product in their order of operations, and their layer-wide threshold,
-which removes one weight more. Mathematically the rules are the same but for that one weight, so a deviation that this
-removes was rounding, carried from block to block. Nothing but this script has that switch.
+after each window (ours is a float64 sum), and RIA's product in their order of operations. Mathematically nothing
+changes, so a deviation that this removes was rounding, carried from block to block. `--official-threshold` adds their
+layer-wide threshold, which removes one weight of a layer more. Nothing but this script has those switches.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import re
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from provenance import commit
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--official-rounding", action="store_true")
+    parser.add_argument("--official-threshold", action="store_true")
     parser.add_argument("--only", nargs="*", help="method:pattern with / for the colon of N:M, as in wanda:2/4")
     options = parser.parse_args()
     reference = theirs(options.peers / "README.md")
@@ -72,9 +75,12 @@ def main() -> None:
 
     if options.official_rounding:
         use_official_rounding()
+    if options.official_threshold:
+        use_official_threshold()
     ids = load_file(options.peers / "ids.safetensors")
     windows = ids["evaluation_ids"].astype(np.int64)
     source = resolve("smollm2-135m")
+    version = commit()
     records: list[dict[str, Any]] = []
 
     def measure(folder: Path) -> float:
@@ -87,7 +93,12 @@ def main() -> None:
         deviation = f"{ours / theirs_ - 1:+.2%}" if theirs_ else ""
         columns = (record["pattern"], record["method"], f"{ours:.3f}", f"{theirs_}", deviation, record["note"])
         print("| " + " | ".join(map(str, columns)) + " |", flush=True)
-        body = {"versions": versions("torch", "transformers"), "windows": list(windows.shape), "records": records}
+        body = {
+            "commit": version,
+            "versions": versions("torch", "transformers"),
+            "windows": list(windows.shape),
+            "records": records,
+        }
         options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
     print("| pattern | method | ours | theirs | deviation | |\n|---|---|--:|--:|--:|---|", flush=True)
@@ -111,18 +122,18 @@ def main() -> None:
                     "theirs": reference[their_pattern, their_name],
                     "note": note,
                     "rounding": "official" if options.official_rounding else "ours",
+                    "threshold": "official" if options.official_threshold else "ours",
                     "sparsity": covered["zeros"] / covered["selected"],
-                    **read_json(out / "run.json"),
+                    "threads": read_json(out / "run.json")["threads"],
                 }
             )
 
 
 def use_official_rounding() -> None:
-    """Replace our accumulator, RIA's expression and the layer-wide mask by the official order of operations."""
+    """Replace our accumulator and RIA's expression by the official order of operations."""
     import torch
 
-    from sparsify import prune, scores, stats
-    from sparsify.types import Pattern, Unstructured
+    from sparsify import scores, stats
 
     class RunningMean(stats.Accumulator):
         def add(self, x: torch.Tensor) -> None:
@@ -139,6 +150,17 @@ def use_official_rounding() -> None:
         importance = size / size.sum(dim=0) + size / size.sum(dim=1).reshape(-1, 1)
         return importance * norm.reshape(1, -1) ** 0.5
 
+    stats.Accumulator = RunningMean  # type: ignore[misc]
+    scores.SCORES["ria"] = ria
+
+
+def use_official_threshold() -> None:
+    """Replace the layer-wide mask by a threshold at the value that the official code sorts out."""
+    import torch
+
+    from sparsify import prune
+    from sparsify.types import Pattern, Unstructured
+
     ours = prune.keep_mask
 
     def keep_mask(score: torch.Tensor, pattern: Pattern, *, default_group: str = "layer") -> torch.Tensor:
@@ -147,8 +169,6 @@ def use_official_rounding() -> None:
             return score > ordered[int(pattern.sparsity * score.numel())]
         return ours(score, pattern, default_group=default_group)
 
-    stats.Accumulator = RunningMean  # type: ignore[misc]
-    scores.SCORES["ria"] = ria
     prune.keep_mask = keep_mask
 
 

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 HERE = Path(__file__).parent
 
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
+    version = commit()
     records: list[dict[str, Any]] = []
     for i in range(options.runs):
         with tempfile.TemporaryDirectory() as scratch:
@@ -93,7 +96,9 @@ def main() -> None:
             }
         )
         print(json.dumps(table[-1]), flush=True)
-    options.out.write_text(json.dumps({"table": table, "records": records}, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(
+        json.dumps({"commit": version, "table": table, "records": records}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

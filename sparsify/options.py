@@ -50,7 +50,7 @@ Override = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text file, .jsonl, FILE.safetensors:KEY, pydoc (Python's help), self (the model's own text), hf:NAME[@CONFIG].",
+        help="Text file, .jsonl, FILE.safetensors:KEY, pydoc (Python's help), self (model's own), hf:NAME[@CONFIG].",
         show_default=_DEFAULT.calibration,
     ),
 ]

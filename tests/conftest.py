@@ -116,11 +116,40 @@ def ids_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def stories() -> Path:
+def trained() -> Path:
     """A real trained Llama of 0.26 M parameters."""
     if not STORIES.is_dir():
         pytest.skip("the shared stories260k model is not here")
     return STORIES
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model, or where it is absent an untrained one of its shape, for tests that need no sense in it."""
+    return STORIES if STORIES.is_dir() else _stand_in(tmp_path_factory.mktemp("stand-in") / "stories")
+
+
+def _stand_in(folder: Path) -> Path:
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 5, "vocab_size": 512}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    save_random_model(folder, transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<unk>", "<s>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 Prints one line: the number of runs killed before they finished, and of those that had finished blocks to resume.
 """
 
+import json
 import os
 import random
 import signal
@@ -28,6 +29,12 @@ def start(folder: Path, out: Path, ids: str) -> int:
     return pid
 
 
+def has_finished_blocks(folder: Path) -> bool:
+    """Whether the state that a killed run left commits to at least one block."""
+    state = folder / ".state.json"
+    return state.exists() and bool(json.loads(state.read_text())["state"]["blocks"])
+
+
 def main() -> None:
     """Arguments: model folder, work folder, ids, number of kills, seed."""
     folder, work, ids = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -48,7 +55,7 @@ def main() -> None:
             os.waitpid(pid, 0)
             if not out.exists():
                 killed += 1
-                resumable += any(staging_path(out).glob("model-*.safetensors"))
+                resumable += has_finished_blocks(staging_path(out))
             else:
                 break
         if not out.exists():

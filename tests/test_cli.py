@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -112,6 +113,14 @@ def no_blocks(folder: Path) -> None:
     configure(folder, num_hidden_layers=0)
 
 
+def too_few_blocks(folder: Path) -> None:
+    configure(folder, num_hidden_layers=1)
+
+
+def a_million_blocks(folder: Path) -> None:
+    configure(folder, num_hidden_layers=10**6)
+
+
 def quantised_config(folder: Path) -> None:
     configure(folder, quantization_config={"quant_method": "gptq"})
 
@@ -157,6 +166,8 @@ def configure(folder: Path, **values: Any) -> None:
         (unknown_model_type, ["config.json", "no_such_model"]),
         (impossible_config, ["config.json"]),
         (no_blocks, ["blocks"]),
+        (too_few_blocks, ["layers.1.", "builds 1 blocks"]),
+        (a_million_blocks, ["num_hidden_layers", "1000000"]),
         (quantised_config, ["quantization_config"]),
         (remote_code, ["--trust-remote-code"]),
     ],
@@ -251,6 +262,7 @@ def test_bad_targets(cli: Run, llama: Path, ids_file: str, tmp_path: Path) -> No
         ("seed: 2001-99-99", ["not YAML"]),
         ("[" * 20000, ["not YAML"]),
         ("targets: [[hf]]", ["'targets'", "strings"]),
+        ("trust_remote_code: true", ["--trust-remote-code"]),
         ("- a\n- b", ["mapping"]),
         ("a: [", ["not YAML"]),
         ("", ["mapping"]),
@@ -276,7 +288,8 @@ def test_bad_text(cli: Run, stories: Path, tmp_path: Path) -> None:
     refuse(prune(f"{tmp_path}/binary.txt"), 4, "binary.txt", "not UTF-8")
     refuse(prune(f"{tmp_path}/short.txt"), 4, "short.txt", "need")
     refuse(prune(f"{tmp_path}/gone.txt"), 4, "gone.txt")
-    refuse(cli("prune", stories, "--length", 9999, "--windows", 1, "--out", tmp_path / "out"), 2, "context of 512")
+    refuse(cli("prune", stories, "--length", 9999, "--windows", 1, "--out", tmp_path / "out"), 4, "context of 512")
+    refuse(cli("eval", stories, "--length", 9999, "--windows", 1), 4, "context of 512")
     assert not (tmp_path / "out").exists()
 
 
@@ -367,6 +380,36 @@ def test_inspect_tells_a_good_artifact_from_a_damaged_one(prune: Run, cli: Run, 
     refuse(cli("inspect", out), 8, "sparsify.json")
     (out / "sparsify.json").unlink()
     refuse(cli("inspect", out), 8, "not an artifact")
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(prune: Run, cli: Run, tmp_path: Path) -> None:
+    assert prune().returncode == 0
+    path = tmp_path / "out/sparsify.json"
+    body = json.loads(path.read_text())
+    body["source"]["name"] = "x[/x] [bold]"
+    path.write_text(json.dumps(body))
+    result = cli("inspect", tmp_path / "out", env={"COLUMNS": "200"})
+    assert result.returncode == 0, result.stderr
+    assert "x[/x] [bold]" in result.stdout
+
+
+def test_eval_opens_no_pickle(cli: Run, llama: Path, ids_file: str) -> None:
+    state = transformers.AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    torch.save(state, llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    refuse(cli("eval", llama, "--text", ids_file), 3, "pytorch_model.bin", "convert")
+
+
+def test_a_target_whose_packages_are_missing_is_refused_before_any_work(
+    cli: Run, llama: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a))
+    command = ["prune-and-export", llama, "--calibration", ids_file, "--eval-text", "none", "--out", tmp_path / "out"]
+    refuse(cli(*command, "--target", "onnx"), 7, "onnxruntime", "sparsify-toolkit[onnx]")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama"}
 
 
 def test_version_and_doctor(cli: Run) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsify.data import Split, load_windows
-from sparsify.errors import DataError, MissingExtraError
+from sparsify.errors import DataError, MissingExtraError, ModelError
 
 
 @pytest.fixture
@@ -87,15 +87,19 @@ def test_pydoc_needs_no_file_and_its_splits_share_no_window(stories: Path) -> No
     assert not any(tuple(row) in seen for row in evaluation.ids.tolist())
 
 
-def test_self_samples_from_the_model(stories: Path) -> None:
-    from transformers import AutoTokenizer
-
+def test_self_samples_are_seeded(stories: Path) -> None:
     first = load("self", stories, n_windows=6, length=48)
     assert first.ids.shape == (6, 48)
     assert first.sha256 == load("self", stories, n_windows=6, length=48).sha256
     assert first.sha256 != load("self", stories, n_windows=6, length=48, seed=1).sha256
+
+
+def test_self_samples_from_the_model(trained: Path) -> None:
+    from transformers import AutoTokenizer
+
     # The model writes children's stories; noise would not spell their commonest words.
-    text = AutoTokenizer.from_pretrained(stories).decode(first.ids.flatten().tolist())
+    ids = load("self", trained, n_windows=6, length=48).ids
+    text = AutoTokenizer.from_pretrained(trained).decode(ids.flatten().tolist())
     assert sum(text.count(word) for word in (" the ", " and ", " to ", " was ")) > 5
 
 
@@ -148,7 +152,44 @@ def test_bad_jsonl(content: str, message: str, stories: Path, tmp_path: Path) ->
 def test_bad_ids(tensor: torch.Tensor, message: str, stories: Path, tmp_path: Path) -> None:
     save_file({"ids": tensor}, tmp_path / "i.safetensors")
     with pytest.raises(DataError, match=message):
-        load(f"{tmp_path}/i.safetensors:ids", stories, vocab_size=512)
+        load(f"{tmp_path}/i.safetensors:ids", stories)
+
+
+def test_windows_beyond_the_context_are_refused(stories: Path, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="context of 512"):
+        load(text_file, stories, length=513)
+    save_file({"ids": torch.ones(1, 65, dtype=torch.int64)}, tmp_path / "i.safetensors")
+    with pytest.raises(DataError, match="context of 64"):
+        load(f"{tmp_path}/i.safetensors:ids", llama, "evaluation")
+
+
+@pytest.mark.parametrize("token", [99999, -1, "a", [1]])
+def test_a_bos_token_outside_the_vocabulary(token: Any, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "bos_token_id": token}))
+    with pytest.raises((DataError, ModelError), match=r"config\.json|cannot be loaded"):
+        load("self", llama)
+
+
+def test_datasets_are_asked_for_by_name_configuration_split_and_column(
+    stories: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.machinery
+    import sys
+    import types
+
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> list[dict[str, str]]:
+        asked.append((args, options))
+        return [{"line": text_file.read_text()}]
+
+    module = types.ModuleType("datasets")
+    module.__dict__.update(load_dataset=load_dataset, __spec__=importlib.machinery.ModuleSpec("datasets", None))
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    windows = load("hf:Salesforce/wikitext@wikitext-2-raw-v1:validation:line", stories, bos=False)
+    assert asked == [(("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "validation", "streaming": True})]
+    assert windows.sha256 == load(text_file, stories, bos=False).sha256
 
 
 def test_missing_sources(stories: Path, tmp_path: Path, llama: Path, text_file: Path) -> None:

@@ -74,6 +74,8 @@ def test_portable_config_serves_old_and_new_readers() -> None:
     assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (1e6, 1e4)
     assert "quantization_config" not in config
     assert portable_config({"a": 1}) == {"a": 1}
+    nested = portable_config({"text_config": {"rope_parameters": both}}, both)
+    assert nested == {"text_config": gemma}
 
 
 def test_verify_accepts_what_was_written_and_names_what_changed(checkpoint: Path, tmp_path: Path) -> None:
@@ -120,6 +122,7 @@ def test_verify_accepts_what_was_written_and_names_what_changed(checkpoint: Path
         {"kind": 3},
         {"recipe": []},
         {"coverage": {}},
+        {"linears": []},
         {"source": {}},
         {"linears": [{"name": "a", "pattern": "2:4", "zeros": 1, "shape": [4, 4], "group": "4"}]},
     ],
@@ -144,6 +147,14 @@ def test_onnx_is_verified_linear_by_linear(checkpoint: Path, tmp_path: Path) -> 
     assert body["parity"]["n_compared"] > 0
     assert len(body["onnx"]["weights"]) == len(body["linears"]) == 35
     assert verify(tmp_path / "onnx")[1] == []
+    hostile = json.loads(json.dumps(body))
+    for key, value in (("initializer", []), ("initializer", "nothing"), ("expert", "x"), ("rows", [1]), ("rows", "ab")):
+        hostile["onnx"]["weights"]["model.layers.0.mlp.up_proj"] = {
+            **body["onnx"]["weights"]["model.layers.0.mlp.up_proj"],
+            key: value,
+        }
+        manifest.write(tmp_path / "onnx", {k: v for k, v in hostile.items() if k not in ("format", "files")})
+        assert verify(tmp_path / "onnx")[1]
     body["onnx"]["weights"].pop("model.layers.0.mlp.up_proj")
     manifest.write(tmp_path / "onnx", {k: v for k, v in body.items() if k not in ("format", "files")})
     assert verify(tmp_path / "onnx")[1] == ["model.layers.0.mlp.up_proj: in the manifest, not in the model"]
@@ -175,10 +186,10 @@ REQUEST: dict[str, Any] = {
 }
 
 
-def test_the_pipeline_reports_what_happened(stories: Path, tmp_path: Path) -> None:
+def test_the_pipeline_reports_what_happened(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     out = tmp_path / "out"
-    report = prune_and_export(Source("stories", stories, "folder"), targets=["hf", "onnx"], out=out, **REQUEST)
+    report = prune_and_export(Source("stories", trained, "folder"), targets=["hf", "onnx"], out=out, **REQUEST)
     assert json.loads((out / "report.json").read_text()) == report
     assert sorted(path.name for path in out.iterdir()) == ["hf", "onnx", "report.json", "report.md"]
     assert report["sparsity"] == 0.5
@@ -214,6 +225,35 @@ def test_the_pipeline_resumes_and_refuses_another_request(
     prune_and_export(source, targets=["hf"], out=out, **REQUEST)
     assert (out / "hf/model.safetensors").stat().st_mtime_ns == before
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_damaged_interrupted_pruning_inside_the_pipeline_starts_again_when_told(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsify import prune as driver
+
+    source, out = Source("stories", stories, "folder"), tmp_path / "out"
+    monkeypatch.setattr(driver._Run, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune_and_export(source, targets=["hf"], out=out, **REQUEST)
+    monkeypatch.undo()
+    shard = next((tmp_path / "out.partial/checkpoint.partial").glob("model-00001-*"))
+    shard.write_bytes(b"short")
+    with pytest.raises(OutputError, match="--overwrite"):
+        prune_and_export(source, targets=["hf"], out=out, **REQUEST)
+    prune_and_export(source, targets=["hf"], out=out, overwrite=True, **REQUEST)
+    assert verify(out / "hf")[1] == []
+
+
+def test_a_checkpoint_that_changed_since_it_was_pruned_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+    shard = next(copy.glob("model-00001-*"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(VerificationError, match="content differs"):
+        export(copy, "hf", tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_without_evaluation_nothing_is_claimed(stories: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsify import masks
 from sparsify.errors import NumericsError, UsageError
 from sparsify.masks import keep_mask, satisfies
 from sparsify.types import Group, NofM, Unstructured, parse_pattern
@@ -46,6 +47,14 @@ def test_n_of_m_keeps_exactly_n_and_the_best(
     assert (kept.sum(dim=1) == n).all()
     best = torch.stack([values[:, list(c)].sum(dim=1) for c in combinations(range(m), n)]).max(dim=0).values
     assert torch.allclose((values * kept).sum(dim=1), best)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_wide_groups_follow_the_rule_of_narrow_ones(ties: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = scores(7, 48 * 5, 0, ties)
+    by_sorting = keep_mask(score, NofM(17, 48))
+    monkeypatch.setattr(masks, "_FEW", 48)
+    assert torch.equal(keep_mask(score, NofM(17, 48)), by_sorting)
 
 
 def test_ties_remove_the_lower_index_first() -> None:

@@ -216,6 +216,21 @@ def test_a_module_that_is_never_called_is_refused_by_name(tmp_path: Path, ids_fi
         prune(Source("m", folder, "folder"), Recipe("0.5", "wanda", calibration=ids_file), tmp_path / "out")
 
 
+def test_an_architecture_whose_blocks_cannot_be_run_alone_is_refused_by_name(tmp_path: Path, ids_file: str) -> None:
+    from sparsify.errors import ModelError
+    from sparsify.prune import prune
+    from sparsify.recipe import Recipe
+    from sparsify.source import Source
+
+    config = transformers.RwkvConfig(
+        hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=64, context_length=64
+    )
+    folder = conftest.save_random_model(tmp_path / "rwkv", config)
+    with pytest.raises(ModelError, match=r"rwkv.*not supported yet"):
+        prune(Source("m", folder, "folder"), Recipe("0.5", "wanda", calibration=ids_file), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["rwkv"]
+
+
 def test_embeddings_narrower_than_the_blocks(tmp_path: Path, ids_file: str) -> None:
     from sparsify import manifest
     from sparsify.prune import prune

@@ -161,6 +161,25 @@ def test_include_exclude_and_overrides(llama: Path, tmp_path: Path, ids_file: st
     assert body["coverage"]["selected"] < body["coverage"]["prunable"]
 
 
+@pytest.mark.parametrize(("include", "calls"), [("*.layers.0.*", 4), ("*.layers.2.*", 12), ("*.layers.4.*", 20)])
+def test_blocks_are_run_no_more_often_than_needed(
+    include: str, calls: int, stories: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsify import hidden
+
+    original = hidden.Calls.run
+    seen: list[int] = []
+
+    def run(self: hidden.Calls, block: torch.nn.Module, index: int, x: torch.Tensor) -> torch.Tensor:
+        seen.append(index)
+        return original(self, block, index, x)
+
+    monkeypatch.setattr(hidden.Calls, "run", run)
+    prune(source(stories), Recipe("2:4", include=(include,), calibration=ids_file), tmp_path / "out")
+    # Four windows: once through each block before the chosen one, once for its statistics, and no further.
+    assert len(seen) == calls
+
+
 @pytest.mark.parametrize("glob", ["nothing.*", "q_proj"])
 def test_globs_that_match_nothing_are_refused(glob: str, llama: Path, tmp_path: Path) -> None:
     for recipe in (Recipe(include=(glob,)), Recipe(exclude=(glob,)), Recipe(overrides={glob: "0.1"})):
@@ -237,7 +256,7 @@ def test_an_existing_output_is_kept_unless_overwritten(llama: Path, tmp_path: Pa
     recipe = Recipe("2:4", calibration=ids_file)
     with pytest.raises(OutputError, match="--overwrite"):
         prune(source(llama), recipe, out)
-    with pytest.raises(OutputError, match="not an output of sparsify"):
+    with pytest.raises(OutputError, match=r"precious\.txt is not part of an output"):
         prune(source(llama), recipe, out, overwrite=True)
     assert tree(out) == {"precious.txt": b"mine"}
     (out / "precious.txt").unlink()

@@ -77,9 +77,7 @@ class OnnxWeights:
             raise ModelError(f"{self._path}: has no initializer {name!r}")
         tensor = self.tensors[name]
         if tensor.data_type != _FLOAT:
-            raise ModelError(
-                f"{self._path}: initializer {name!r} has data type {tensor.data_type}, not float32"
-            )
+            raise ModelError(f"{self._path}: initializer {name!r} has data type {tensor.data_type}, not float32")
         if tensor.data_location != self._onnx.TensorProto.EXTERNAL:
             try:
                 values: NDArray[Any] = self._onnx.numpy_helper.to_array(tensor)
