@@ -64,7 +64,7 @@ def errors() -> Console:
 
     Bound to today's stderr: exporters silence the stream while other people's code prints, and bars go on.
     """
-    return Console(file=sys.stderr, markup=False)
+    return Console(file=sys.stderr, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
@@ -81,9 +81,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str |
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def print_line(text: str) -> None:
     """A line on stdout."""
-    Console(highlight=False, markup=False).print(text, soft_wrap=True)
+    Console(highlight=False, markup=False, emoji=False).print(text, soft_wrap=True)

@@ -95,7 +95,7 @@ def load_windows(
     """
     if n_windows < 1 or length < 2:
         raise DataError(f"{n_windows} windows of {length} tokens: at least 1 window of 2 tokens is needed")
-    vocab_size, context = model_limits(folder)
+    vocab_size, context = model_limits(folder, trust_remote_code)
     from_ids = ".safetensors:" in source
     if context is not None and length > context and not from_ids:
         raise DataError(f"length {length} exceeds the model's context of {context} tokens; give {context} or less")
@@ -124,8 +124,8 @@ def load_windows(
     return windows
 
 
-def model_limits(folder: Path) -> tuple[int | None, int | None]:
-    """(vocabulary size, longest context) by the config of a model folder; None where it names no such limit.
+def model_limits(folder: Path, trust_remote_code: bool = False) -> tuple[int | None, int | None]:
+    """(vocabulary size, longest context) by the config of a model folder; None where it has no such limit.
 
     Raises:
         ModelError: config.json is missing or not JSON.
@@ -140,7 +140,21 @@ def model_limits(folder: Path) -> tuple[int | None, int | None]:
         values = [merged[key] for key in keys if isinstance(merged.get(key), int) and merged[key] > 0]
         return values[0] if values else None
 
-    return limit("vocab_size"), limit("max_position_embeddings", "n_positions", "max_seq_len")
+    vocab_size, context = limit("vocab_size"), limit("max_position_embeddings", "n_positions", "max_seq_len")
+    if vocab_size is None or context is None:
+        # A config may leave to its class what equals the class's default.
+        from transformers import AutoConfig
+
+        from sparsify.model import quiet
+
+        try:
+            with quiet():
+                loaded = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+        except Exception:
+            return vocab_size, context  # building the model says what is wrong with the config
+        vocab_size = vocab_size or getattr(loaded, "vocab_size", None)
+        context = context or getattr(loaded, "max_position_embeddings", None)
+    return vocab_size, context
 
 
 def _read_ids(path: Path, key: str) -> NDArray[np.int64]:

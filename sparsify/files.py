@@ -23,7 +23,6 @@ _STATE = ".state.json"
 _MARKS = {
     "sparsify.json": ("format", "kind", "files"),
     "report.json": ("model", "coverage", "artifacts"),
-    "gguf.json": ("file", "sha256"),
 }
 
 
@@ -121,13 +120,11 @@ class Staging:
     Attributes:
         path: the folder.
         state: what ``save`` last stored, or None where the work starts afresh.
-        keep: the folder holds finished work that outlives an error (see ``staging_folder``).
     """
 
     def __init__(self, path: Path, out: Path, fingerprint: dict[str, Any]) -> None:
         self.path = path
         self.state: dict[str, Any] | None = None
-        self.keep = False
         self._out = out
         self._fingerprint = fingerprint
 
@@ -167,11 +164,11 @@ class Staging:
             OutputError: the rename failed; the output is then as it was.
         """
         with writing(self._out):
-            if self._out.exists():
+            if self._out.exists() and any(self._out.iterdir()):
                 # The old output is about to be a staging folder; a process killed before it is removed leaves one.
                 (self._out / _LOCK).touch()
                 _exchange(self.path, self._out)
-                shutil.rmtree(self.path)
+                _remove(self.path)
             else:
                 self.path.replace(self._out)
             sync_folder(self._out.parent)
@@ -206,9 +203,8 @@ def staging_folder(
 ) -> Iterator[Staging]:
     """A locked folder next to ``out`` to build in; an interrupted run of the same ``fingerprint`` is found again.
 
-    The folder stays after an interruption or a failed write, so that the run can resume; ``Staging.commit`` makes it
-    the output. After any other error the user has to change something that the work depends on, so it is removed,
-    unless ``Staging.keep`` says otherwise.
+    The folder stays after an error, so that the run can resume; ``Staging.commit`` makes it the output. Only where
+    nothing was committed to yet, and the error is not one of writing, there is nothing to resume and it is removed.
 
     Args:
         out: the final folder; must not exist, or be empty, unless ``overwrite``.
@@ -251,8 +247,10 @@ def staging_folder(
         except OutputError:
             raise
         except SparsifyError:
-            if not staging.keep:
-                shutil.rmtree(path, ignore_errors=True)
+            # A folder within is an output of its own that may have come far.
+            if not staging.state and not any(entry.is_dir() for entry in path.iterdir()):
+                with writing(path):
+                    _remove(path)
             raise
 
 
@@ -266,10 +264,10 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         what = "a mount point" if os.path.ismount(out) else "the current folder"
         raise OutputError(f"{out}: is {what}, which no output can replace; choose a folder inside it as --out")
     with writing(out):
-        names = {path.name for path in out.iterdir()}
-    if names and not overwrite:
+        empty = all(path.name == _LOCK for path in out.iterdir())
+        foreign = [] if empty else sorted(_files(out) - _our_files(out))
+    if not empty and not overwrite:
         raise OutputError(f"{out}: exists and is not empty; choose another --out or pass --overwrite")
-    foreign = sorted(names - _our_names(out))
     if foreign:
         raise OutputError(
             f"{out}: {foreign[0]} is not part of an output of sparsify, so --overwrite leaves the folder alone; "
@@ -277,8 +275,17 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         )
 
 
-def _our_names(folder: Path) -> set[str]:
-    """Names of the entries that ``folder`` has as an output of ours; none if it is no such output."""
+def _files(folder: Path) -> set[str]:
+    """Paths, relative to ``folder``, of everything in it that is not a folder."""
+    found: set[str] = set()
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        found.update((Path(root) / name).relative_to(folder).as_posix() for name in (*files, *links))
+    return found
+
+
+def _our_files(folder: Path) -> set[str]:
+    """Paths of the files that ``folder`` has as an output of ours; none if it is no such output."""
     for mark, keys in _MARKS.items():
         try:
             value = read_json(folder / mark)
@@ -286,15 +293,20 @@ def _our_names(folder: Path) -> set[str]:
             continue
         if not isinstance(value, dict) or not all(key in value for key in keys):
             continue
-        if mark == "gguf.json":  # in the cache, where nobody else puts anything
-            return {entry.name for entry in folder.iterdir()}
+        own = {mark, "run.json", "report.md", _LOCK, _STATE}
         if mark == "sparsify.json":
-            listed = [str(name).partition("/")[0] for name in value["files"]]
-            return {mark, "run.json", _LOCK, _STATE, *listed}
+            return own | (set(value["files"]) if isinstance(value["files"], dict) else set())
         artifacts = value["artifacts"] if isinstance(value["artifacts"], list) else []
-        targets = [str(entry.get("path")) for entry in artifacts if isinstance(entry, dict)]
-        return {mark, "report.md", "checkpoint", _LOCK, _STATE, *targets}
+        targets = {str(entry.get("path")) for entry in artifacts if isinstance(entry, dict)} | {"checkpoint"}
+        below = {target for target in targets if Path(target).name == target}
+        return own.union(*({f"{target}/{name}" for name in _our_files(folder / target)} for target in below))
     return set()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a staging folder; its lock goes last, so that what a kill leaves is known to be one."""
+    clear(folder)
+    shutil.rmtree(folder)
 
 
 def clear(folder: Path) -> None:

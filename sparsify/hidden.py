@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.errors import ModelError, NumericsError
+from sparsify.errors import ModelError, NumericsError, SparsifyError
 from sparsify.files import sync_folder, writing
 from sparsify.model import Skeleton
 from sparsify.naming import Binding
@@ -191,6 +191,8 @@ def _record(recorder: _Recorder, base: nn.Module, ids: torch.Tensor) -> torch.Te
         try:
             with recorder.installed():
                 base(input_ids=ids, use_cache=False)
+        except (SparsifyError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             # The wrong return form fails in whatever way the model's next line fails; the other form decides.
             if attempt:

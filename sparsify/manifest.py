@@ -35,7 +35,9 @@ def versions(*packages: str) -> dict[str, str]:
 def artifact_files(folder: Path) -> list[str]:
     """Names of the files below ``folder`` that a manifest lists: all but itself, the run record and dot files."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [name for name in names if name not in (NAME, RUN) and not Path(name).name.startswith(".")]
+    return [
+        name for name in names if name not in (NAME, RUN) and not any(part.startswith(".") for part in name.split("/"))
+    ]
 
 
 def _file_table(folder: Path) -> dict[str, dict[str, Any]]:
@@ -146,6 +148,12 @@ def _escapes(name: str) -> bool:
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
     """What is wrong with the files of an artifact, a sentence each; empty if they are as the manifest says."""
+    extra = sorted(set(artifact_files(folder)) - set(manifest["files"]))
+    return damaged_files(folder, manifest) + [f"{name}: not in the manifest" for name in extra]
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Which files of an artifact are missing or changed, a sentence each; others may lie beside them."""
     problems = []
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -153,6 +161,4 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> list[str]:
             problems.append(f"{name}: missing")
         elif sha256_file(path) != entry["sha256"]:
             problems.append(f"{name}: content differs from the manifest")
-    for name in sorted(set(artifact_files(folder)) - set(manifest["files"])):
-        problems.append(f"{name}: not in the manifest")
     return problems

@@ -71,7 +71,7 @@ def export(
         raise UsageError(
             f"{checkpoint}: is an artifact of kind {body['kind']}; export from the pruned checkpoint or hf"
         )
-    damage = manifest.verify_files(checkpoint, body)
+    damage = manifest.damaged_files(checkpoint, body)
     if damage:
         raise VerificationError(f"{checkpoint}: {damage[0]} ({len(damage)} problems); prune again, then export")
     # Nothing in an export is worth resuming: no state is saved, so it starts from an empty folder.
@@ -127,7 +127,7 @@ def prune_and_export(
         "versions": manifest.versions("torch", "transformers"),
         "device": device,
     }
-    with staging_folder(out, request, overwrite=overwrite, inputs=[source.folder]) as staging:
+    with staging_folder(out, request, overwrite=overwrite, inputs=[source.folder], check=_damage) as staging:
         resumed = staging.state is not None
         staging.save({})
         checkpoint, hf = staging.path / _CHECKPOINT, staging.path / "hf"
@@ -141,7 +141,6 @@ def prune_and_export(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
-        staging.keep = True
         for target in targets:
             if not (staging.path / target).exists():
                 origin = hf if hf.exists() else checkpoint
@@ -158,6 +157,20 @@ def prune_and_export(
         write_text(staging.path / "report.md", render_markdown(report))
         staging.commit()
     return report
+
+
+def _damage(folder: Path, state: Any) -> str | None:
+    """What is wrong with the finished parts of an interrupted run, or None."""
+    for part in (entry for entry in folder.iterdir() if (entry / manifest.NAME).exists()):
+        if part.suffix == ".partial":
+            continue
+        try:
+            problems = manifest.damaged_files(part, manifest.read(part))
+        except VerificationError as error:
+            return str(error)
+        if problems:
+            return f"{part.name}: {problems[0]}"
+    return None
 
 
 def _evaluation_windows(folder: Path, evaluation: Evaluation, trust_remote_code: bool) -> Windows:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,18 @@ def _dequantised(file: Path) -> Path:
                 return out
         except (OSError, ValueError):
             pass
+    # The cache is ours: what is there under this name without a good stamp is a leftover.
+    with writing(out):
+        if out.exists():
+            shutil.rmtree(out)
     try:
-        with staging_folder(out, {"command": "dequantise"}, overwrite=True) as staging:
+        with staging_folder(out, {"command": "dequantise"}) as staging:
             _convert(file, staging.path)
             write_json(staging.path / "gguf.json", {"file": file.name, "sha256": digest})
             staging.commit()
     except OutputError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
         reason = str(error).partition("; ")[0]
         raise OutputError(f"{reason}; set SPARSIFY_CACHE to a folder with room for the model's weights") from error
     return out

@@ -245,6 +245,24 @@ def test_damaged_interrupted_pruning_inside_the_pipeline_starts_again_when_told(
     assert verify(out / "hf")[1] == []
 
 
+def test_finished_parts_that_were_damaged_are_made_again_when_told(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = Source("stories", stories, "folder"), tmp_path / "out"
+    monkeypatch.setattr(pipeline, "export", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune_and_export(source, targets=["hf"], out=out, **REQUEST)
+    monkeypatch.undo()
+    shard = next((tmp_path / "out.partial/checkpoint").glob("model-00001-*"))
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(OutputError, match=r"content differs.*--overwrite"):
+        prune_and_export(source, targets=["hf"], out=out, **REQUEST)
+    prune_and_export(source, targets=["hf"], out=out, overwrite=True, **REQUEST)
+    assert verify(out / "hf")[1] == []
+
+
 def test_a_checkpoint_that_changed_since_it_was_pruned_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     shard = next(copy.glob("model-00001-*"))
@@ -254,6 +272,9 @@ def test_a_checkpoint_that_changed_since_it_was_pruned_is_not_exported(checkpoin
     with pytest.raises(VerificationError, match="content differs"):
         export(copy, "hf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy", dirs_exist_ok=True))
+    (copy / "README.md").write_text("a model card")
+    export(copy, "hf", tmp_path / "hf")
 
 
 def test_without_evaluation_nothing_is_claimed(stories: Path, tmp_path: Path) -> None:

@@ -35,15 +35,23 @@ def test_overwrite_replaces_our_outputs_and_nothing_else(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("mark", ["report.json", "sparsify.json", "gguf.json"])
-@pytest.mark.parametrize("text", ["{}", "[]", "", '{"model": 1}'])
+HOLLOW = [
+    "{}", "[]", "", '{"model": 1}', '{"format": 1, "kind": "x", "files": null}',
+    '{"model": 1, "coverage": 2, "artifacts": 3}', '{"model": 1, "coverage": 2, "artifacts": [{"path": ".."}, 4]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", ["report.json", "sparsify.json"])
+@pytest.mark.parametrize("text", HOLLOW)
 def test_a_file_that_only_has_the_name_marks_nothing(mark: str, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / mark).write_text(text)
+    (out / "mine").write_text("mine")
     with pytest.raises(OutputError, match="not part of an output"):
         make(out, "one", overwrite=True)
     assert (out / mark).read_text() == text
+    assert (out / "mine").exists()
 
 
 def test_a_finished_output_whose_name_ends_in_partial_is_not_a_staging_folder(tmp_path: Path) -> None:
@@ -75,10 +83,13 @@ def test_folders_that_no_rename_can_replace_are_refused_at_once(
         make(Path("/proc"), "one")
 
 
-def fail(out: Path, error: type[BaseException], keep: bool = False) -> None:
+def fail(out: Path, error: type[BaseException], *, committed: bool = False, nested: bool = False) -> None:
     with staging_folder(out, {}) as staging:
-        staging.save({"done": 1})
-        staging.keep = keep
+        (staging.path / "half").write_text("half")
+        if committed:
+            staging.save({"done": 1})
+        if nested:
+            (staging.path / "checkpoint.partial").mkdir()
         raise error("x")
 
 
@@ -89,7 +100,34 @@ def test_what_an_error_leaves_behind(error: type[BaseException], kept: bool, tmp
     assert (tmp_path / "out.partial").exists() == kept
 
 
-def test_finished_work_outlives_a_later_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError):
-        fail(tmp_path / "out", ModelError, keep=True)
-    assert (tmp_path / "out.partial").exists()
+@pytest.mark.parametrize("options", [{"committed": True}, {"nested": True}])
+def test_work_that_was_committed_to_outlives_any_error(options: dict[str, bool], tmp_path: Path) -> None:
+    for _ in range(2):  # the run and one that resumes it
+        with pytest.raises(ModelError):
+            fail(tmp_path / "out", ModelError, **options)
+        assert (tmp_path / "out.partial/half").exists()
+
+
+def test_an_empty_output_folder_and_a_kill_right_before_the_rename(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out", "one")
+    (tmp_path / "out/.lock").touch()
+    make(tmp_path / "out", "two", overwrite=True)
+    assert content(tmp_path / "out") == "two"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/.lock").touch()
+    make(tmp_path / "new", "three")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["model.safetensors", "sparsify.json"]
+
+
+def test_files_of_the_user_inside_an_artifact_are_seen(tmp_path: Path) -> None:
+    with staging_folder(tmp_path / "out", {}) as staging:
+        (staging.path / "hf").mkdir()
+        write_json(staging.path / "hf/sparsify.json", {**MANIFEST, "files": {}})
+        write_json(staging.path / "report.json", {"model": "m", "coverage": {}, "artifacts": [{"path": "hf"}]})
+        staging.commit()
+    (tmp_path / "out/hf/thesis.tex").write_text("precious")
+    with pytest.raises(OutputError, match=r"hf/thesis\.tex is not part"):
+        make(tmp_path / "out", "one", overwrite=True)
+    (tmp_path / "out/hf/thesis.tex").unlink()
+    make(tmp_path / "out", "one", overwrite=True)

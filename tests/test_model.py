@@ -1,6 +1,7 @@
 """Every family: found linears, loaded blocks, calls and statistics, against transformers' own forward pass."""
 
 import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,6 +215,42 @@ def test_a_module_that_is_never_called_is_refused_by_name(tmp_path: Path, ids_fi
     )
     with pytest.raises(ModelError, match=r"dt_proj.*never called.*--exclude"):
         prune(Source("m", folder, "folder"), Recipe("0.5", "wanda", calibration=ids_file), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["vision_tower.encoder.layers.5.fc1.weight", "model.layers.2.eh_proj.weight"])
+def test_tensors_that_the_model_does_not_use_are_copied_and_noticed(
+    name: str, llama: Path, tmp_path: Path, ids_file: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from sparsify import manifest
+    from sparsify.prune import prune
+    from sparsify.recipe import Recipe
+    from sparsify.source import Source
+
+    tensors = load_file(llama / "model.safetensors")
+    tensors[name] = torch.randn(3, 4)
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    out = prune(Source("m", llama, "folder"), Recipe("2:4", calibration=ids_file), tmp_path / "out")
+    assert any(name in text for text in manifest.read(out)["notices"])
+    assert torch.equal(dict(CheckpointReader(out).read([name]))[name], tensors[name])
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_lack_of_memory_is_not_taken_for_an_unknown_architecture(
+    error: type[Exception], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = load_skeleton(llama)
+    binding = Binding(CheckpointReader(llama), skeleton)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(skeleton.model.base_model), "forward", fail)
+    with pytest.raises(error):
+        enter(binding, torch.ones(1, 4).long(), (tmp_path / "a", tmp_path / "b"), torch.float32, "cpu", resume=False)
 
 
 def test_an_architecture_whose_blocks_cannot_be_run_alone_is_refused_by_name(tmp_path: Path, ids_file: str) -> None:

@@ -1,4 +1,4 @@
-"""The ordinary Hugging Face checkpoint: zeros in place, opens in transformers and vLLM like any model."""
+"""The ordinary Hugging Face checkpoint: zeros in place, opens in transformers like any model."""
 
 from __future__ import annotations
 
