@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.errors import DataError, MissingExtraError
+from sparsify.errors import DataError
+from sparsify.extras import require
 
 Split = Literal["calibration", "evaluation"]
 
@@ -96,11 +96,11 @@ def load_windows(
     if n_windows < 1 or length < 2:
         raise DataError(f"{n_windows} windows of {length} tokens: at least 1 window of 2 tokens is needed")
     vocab_size, context = model_limits(folder, trust_remote_code)
-    from_ids = ".safetensors:" in source
+    path, _, key = source.rpartition(":")
+    from_ids = path.endswith(".safetensors")
     if context is not None and length > context and not from_ids:
         raise DataError(f"length {length} exceeds the model's context of {context} tokens; give {context} or less")
-    path, _, key = source.rpartition(":")
-    if path.endswith(".safetensors"):
+    if from_ids:
         windows = Windows(_read_ids(Path(path), key), source, None, None)
     elif source.endswith(".safetensors"):
         raise DataError(f"{source}: name the tensor too, as in {source}:calibration_ids")
@@ -130,31 +130,23 @@ def model_limits(folder: Path, trust_remote_code: bool = False) -> tuple[int | N
     Raises:
         ModelError: config.json is missing or not JSON.
     """
+    from transformers import AutoConfig
+
     from sparsify.checkpoint import read_config
+    from sparsify.model import quiet
 
-    config = read_config(folder)
-    text = config.get("text_config")
-    merged = {**config, **(text if isinstance(text, dict) else {})}
+    read_config(folder)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    except Exception:
+        return None, None  # opening the model says what is wrong with the config
 
-    def limit(*keys: str) -> int | None:
-        values = [merged[key] for key in keys if isinstance(merged.get(key), int) and merged[key] > 0]
-        return values[0] if values else None
+    def limit(*names: str) -> int | None:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int) and value > 0), None)
 
-    vocab_size, context = limit("vocab_size"), limit("max_position_embeddings", "n_positions", "max_seq_len")
-    if vocab_size is None or context is None:
-        # A config may leave to its class what equals the class's default.
-        from transformers import AutoConfig
-
-        from sparsify.model import quiet
-
-        try:
-            with quiet():
-                loaded = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
-        except Exception:
-            return vocab_size, context  # building the model says what is wrong with the config
-        vocab_size = vocab_size or getattr(loaded, "vocab_size", None)
-        context = context or getattr(loaded, "max_position_embeddings", None)
-    return vocab_size, context
+    return limit("vocab_size"), limit("max_position_embeddings", "max_seq_len")
 
 
 def _read_ids(path: Path, key: str) -> NDArray[np.int64]:
@@ -229,8 +221,7 @@ def _pydoc(split: Split) -> str:
 
 
 def _from_datasets(source: str) -> str:
-    if importlib.util.find_spec("datasets") is None:
-        raise MissingExtraError(f'{source}: needs datasets; run: pip install "sparsify-toolkit[datasets]"')
+    require("datasets", source)
     import datasets
 
     name, split, column = [*source.removeprefix("hf:").split(":"), "", ""][:3]

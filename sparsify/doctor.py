@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import SparsifyError
+from sparsify.extras import absent
 from sparsify.manifest import versions
-from sparsify.source import GGUF_PACKAGES
+from sparsify.targets import TARGETS
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_bf16")
 
@@ -24,17 +24,17 @@ def diagnose() -> dict[str, Any]:
     def check(what: str, ok: bool, detail: str) -> None:
         checks.append({"what": what, "ok": ok, "detail": detail})
 
-    def package(what: str, names: tuple[str, ...], extra: str) -> None:
-        absent = [name for name in names if importlib.util.find_spec(name) is None]
-        check(what, not absent, f"missing {', '.join(absent)}; run: {extra}" if absent else "ready")
+    def package(what: str, extra: str | None) -> None:
+        missing = absent(extra) if extra else ""
+        check(what, not missing, f"missing {missing}" if missing else "ready")
 
     check("prune on CPU", True, f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     check("prune on GPU", bool(gpus), ", ".join(gpus) or "no CUDA device; --device cpu is the default")
-    package("export hf", (), "")
-    package("export onnx", ("onnx", "onnxscript", "onnxruntime"), 'pip install "sparsify-toolkit[onnx]"')
-    package("read GGUF", GGUF_PACKAGES, 'pip install "sparsify-toolkit[gguf]"')
-    package("text by name (hf:…)", ("datasets",), 'pip install "sparsify-toolkit[datasets]"')
+    for name, target in TARGETS.items():
+        package(f"export {name}", target.extra)
+    package("read GGUF", "gguf")
+    package("text by name (hf:…)", "datasets")
     check(*_embedded())
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free

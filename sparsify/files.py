@@ -265,9 +265,11 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: is {what}, which no output can replace; choose a folder inside it as --out")
     with writing(out):
         empty = all(path.name == _LOCK for path in out.iterdir())
-        foreign = [] if empty else sorted(_files(out) - _our_files(out))
-    if not empty and not overwrite:
+    if empty:
+        return
+    if not overwrite:
         raise OutputError(f"{out}: exists and is not empty; choose another --out or pass --overwrite")
+    foreign = sorted(_files(out) - _our_files(out))
     if foreign:
         raise OutputError(
             f"{out}: {foreign[0]} is not part of an output of sparsify, so --overwrite leaves the folder alone; "

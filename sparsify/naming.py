@@ -139,10 +139,11 @@ class Binding:
         path = re.escape(self.skeleton.blocks.removeprefix(f"{base}."))
         further = re.compile(rf"({re.escape(base)}\.)?{path}\.(\d+)\.")
         # Layers that predict further tokens are stored behind the blocks and used by no language model class.
-        extra = getattr(self.skeleton.text_config, "num_nextn_predict_layers", None) or 0
+        extra = getattr(self.skeleton.text_config, "num_nextn_predict_layers", 0)
+        limit = self.skeleton.n_blocks + (extra if isinstance(extra, int) else 0)
         for name in unused:
             index = further.match(name)
-            if index and int(index[2]) >= self.skeleton.n_blocks + extra:
+            if index and int(index[2]) >= limit:
                 raise ModelError(
                     f"{self.reader.folder}: holds {name}, but config.json builds {self.skeleton.n_blocks} blocks; "
                     "config.json and the shards do not belong together"

@@ -203,11 +203,13 @@ class _Run:
         n_blocks = self.skeleton.n_blocks
         done = len(self.state["blocks"])
         n_windows = 0 if self.windows is None else self.windows.ids.shape[0]
-        self.progress.stage("pruning", n_blocks * (2 * n_windows + 1))
-        self.progress.advance(done * (2 * n_windows + 1))
         chosen = [[spec for spec in block if spec.name in self.patterns] for block in self.skeleton.linears]
         # What the last block with anything to prune puts out feeds nothing that is pruned.
         last = max(index for index, specs in enumerate(chosen) if specs)
+        # Each block is written; one with linears to prune runs for its statistics, one before the last for its outputs.
+        steps = [1 + n_windows * (bool(specs) + (index < last)) for index, specs in enumerate(chosen)]
+        self.progress.stage("pruning", sum(steps))
+        self.progress.advance(sum(steps[:done]))
         if done == n_blocks:
             return
         files, calls = self._enter(done) if done <= last else ((), None)
@@ -225,7 +227,7 @@ class _Run:
             self.binding.unload(block)
             return_freed_memory()
             self._commit_block(shard, rows, hidden)
-            self.progress.advance(1 + n_windows * (2 - (bool(specs) and calls is not None) - (hidden is not None)))
+            self.progress.advance()
 
     def _enter(self, done: int) -> tuple[tuple[HiddenFile, ...], Calls | None]:
         if self.windows is None:

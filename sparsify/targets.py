@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import MissingExtraError, UsageError, VerificationError
+from sparsify.errors import UsageError, VerificationError
+from sparsify.extras import require
 
 Writer = Callable[[Path, Path, dict[str, Any], bool], dict[str, Any]]
 
@@ -56,14 +56,13 @@ def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: 
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the table: ``write`` fills the artifact's folder, with the help of ``packages`` from ``extra``."""
+    """A row of the table: ``write`` fills the artifact's folder, with the packages of ``extra`` where it needs any."""
 
     write: Writer
-    packages: tuple[str, ...] = ()
-    extra: str = ""
+    extra: str | None = None
 
 
-TARGETS = {"hf": Target(_hf), "onnx": Target(_onnx, ("onnx", "onnxscript", "onnxruntime"), "onnx")}
+TARGETS = {"hf": Target(_hf), "onnx": Target(_onnx, "onnx")}
 
 
 def find_target(name: str) -> Writer:
@@ -76,8 +75,6 @@ def find_target(name: str) -> Writer:
     if name not in TARGETS:
         raise UsageError(f"target {name!r} is unknown; choose one of {', '.join(TARGETS)}")
     target = TARGETS[name]
-    absent = [package for package in target.packages if importlib.util.find_spec(package) is None]
-    if absent:
-        command = f'pip install "sparsify-toolkit[{target.extra}]"'
-        raise MissingExtraError(f"target {name} needs {' and '.join(absent)}; run: {command}")
+    if target.extra:
+        require(target.extra, f"target {name}")
     return target.write

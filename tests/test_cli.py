@@ -188,6 +188,16 @@ def test_bad_gguf(content: bytes, words: list[str], prune: Run, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_gguf_without_its_packages(package: str, prune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    refuse(prune(model=tmp_path / "m.gguf"), 7, package, 'pip install "sparsify-toolkit[gguf]"')
+
+
 def test_unknown_models_and_the_embedded_one_when_it_is_missing(prune: Run, tmp_path: Path) -> None:
     refuse(prune(model="nowhere"), 3, "nowhere", "smollm2-135m")
     refuse(prune(model="owner/name"), 3, "owner/name", "network")

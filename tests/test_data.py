@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,15 @@ def test_bad_ids(tensor: torch.Tensor, message: str, stories: Path, tmp_path: Pa
         load(f"{tmp_path}/i.safetensors:ids", stories)
 
 
-def test_windows_beyond_the_context_are_refused(stories: Path, llama: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_windows_beyond_the_context_are_refused(
+    model_type: str, random_models: Callable[[str], Path], stories: Path, text_file: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="context of 512"):
         load(text_file, stories, length=513)
     save_file({"ids": torch.ones(1, 65, dtype=torch.int64)}, tmp_path / "i.safetensors")
     with pytest.raises(DataError, match="context of 64"):
-        load(f"{tmp_path}/i.safetensors:ids", llama, "evaluation")
+        load(f"{tmp_path}/i.safetensors:ids", random_models(model_type), "evaluation")
 
 
 @pytest.mark.parametrize("token", [99999, -1, "a", [1]])

@@ -12,7 +12,7 @@ ROOT = Path(sparsify.__file__).parent
 # Rank along the arrow; a module may import those of its own rank or below. New modules must be given a place.
 RANKS = [
     {"sparsify", "sparsify.errors"},
-    {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory"},
+    {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras"},
     {"sparsify.methods", "sparsify.checkpoint"},
     {"sparsify.recipe", "sparsify.model"},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
