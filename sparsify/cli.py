@@ -16,6 +16,7 @@ from sparsify.errors import SparsifyError, VerificationError
 from sparsify.options import (
     Bos,
     Calibration,
+    Changes,
     ComputeDtype,
     Device,
     EvalLength,
@@ -23,7 +24,6 @@ from sparsify.options import (
     EvalText,
     EvalWindows,
     Exclude,
-    Exponent,
     Group,
     Include,
     Json,
@@ -98,7 +98,7 @@ def prune_command(
     pattern: Pattern = None,
     method: MethodName = None,
     group: Group = None,
-    exponent: Exponent = None,
+    changes: Changes = None,
     include: Include = None,
     exclude: Exclude = None,
     override: Override = None,
@@ -185,7 +185,7 @@ def prune_and_export_command(
     pattern: Pattern = None,
     method: MethodName = None,
     group: Group = None,
-    exponent: Exponent = None,
+    changes: Changes = None,
     include: Include = None,
     exclude: Exclude = None,
     override: Override = None,
@@ -351,6 +351,54 @@ def inspect_command(
         for problem in problems[:20]:
             errors().print(f"problem: {problem}", highlight=False, soft_wrap=True, markup=False)
         raise VerificationError(f"{artifact}: {len(problems)} problems; export or prune it again")
+
+
+@app.command("methods")
+def methods_command(
+    method: Annotated[str | None, typer.Argument(help="Show one method's parts.", show_default="all")] = None,
+    json: Json = False,
+) -> None:
+    """List the methods, the parts they are made of, and every setting."""
+    from dataclasses import asdict
+
+    from sparsify.console import print_json, print_line, print_table
+    from sparsify.methods import COSTS, METHODS, PARTS, SETTINGS, resolve
+
+    if method is not None:
+        plan = resolve(method, {}, {})
+        if json:
+            print_json({"method": method, **asdict(plan)})
+            return
+        print_line(f"{method}: {plan.summary}. {plan.paper}".rstrip())
+        settings = [(name, plan.setting(name), SETTINGS[name].help) for name in SETTINGS if plan.uses(name)]
+        print_table(
+            ("part", "choice", "meaning"),
+            [(part, getattr(plan, part), PARTS[part][getattr(plan, part)]) for part in PARTS],
+        )
+        print_table(("setting", "value", "meaning"), [(name, str(value), text) for name, value, text in settings])
+        return
+    if json:
+        print_json(
+            {
+                "methods": {name: asdict(plan) for name, plan in METHODS.items()},
+                "parts": PARTS,
+                "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
+            }
+        )
+        return
+    print_table(
+        ("method", "cost", "what it does", "paper"),
+        [(name, plan.cost, plan.summary, plan.paper) for name, plan in METHODS.items()],
+    )
+    print_line("cost: " + "; ".join(f"{name}: {text}" for name, text in COSTS.items()))
+    print_table(
+        ("--set", "choice", "meaning"),
+        [(part, choice, text) for part, choices in PARTS.items() for choice, text in choices.items()],
+    )
+    print_table(
+        ("--set", "default", "meaning", "belongs to"),
+        [(name, str(setting.default), setting.help, setting.part) for name, setting in SETTINGS.items()],
+    )
 
 
 @app.command("doctor")

@@ -8,7 +8,7 @@ checkpoint from which an interrupted run goes on.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,12 +146,18 @@ class _Recorder:
 
 
 def enter(
-    binding: Binding, ids: torch.Tensor, paths: tuple[Path, Path], dtype: torch.dtype, device: str, *, resume: bool
-) -> tuple[Calls, tuple[HiddenFile, HiddenFile]]:
+    binding: Binding,
+    ids: torch.Tensor,
+    pairs: Sequence[tuple[Path, Path]],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    resume: bool,
+) -> tuple[Calls, list[tuple[HiddenFile, HiddenFile]]]:
     """Run everything before the blocks on ``ids`` [windows, length].
 
-    Returns the calls that every block receives, and the two files of hidden states; the first of them holds the first
-    block's inputs, unless ``resume``, which leaves both as they are.
+    Returns the calls that every block receives, and pairs of files of hidden states; the first of each holds the first
+    block's inputs, unless ``resume``, which leaves all as they are.
 
     Raises:
         ModelError: the blocks are called in a way that depends on the tokens, or not in sequence.
@@ -164,7 +170,7 @@ def enter(
     first = _record(recorder, base, ids[:1].to(device))
     calls = Calls(recorder.arguments, recorder.by_keyword)
     layout = Layout(ids.shape[0], ids.shape[1], first.shape[-1], dtype)
-    files = HiddenFile(paths[0], layout), HiddenFile(paths[1], layout)
+    files = [(HiddenFile(first_path, layout), HiddenFile(second, layout)) for first_path, second in pairs]
 
     def windows() -> Iterator[torch.Tensor]:
         for i, window in enumerate(ids):
@@ -180,7 +186,9 @@ def enter(
             yield hidden
 
     if not resume:
-        files[0].write(windows())
+        files[0][0].write(windows())
+        for pair in files[1:]:
+            pair[0].write(files[0][0].windows("cpu"))
     binding.unload(base)
     return calls, files
 

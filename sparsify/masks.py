@@ -6,6 +6,7 @@ quantised tie often, so the order is part of the result.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from sparsify.errors import NumericsError, UsageError
@@ -66,12 +67,20 @@ def _keep_unstructured(score: torch.Tensor, pattern: Unstructured, group: str) -
     n_remove = int(pattern.sparsity * groups.shape[1])
     if n_remove == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = groups.kthvalue(n_remove, dim=1, keepdim=True).values
+    threshold = _kth_smallest(groups, n_remove)
     below = groups < threshold
     tied = groups == threshold
     n_tied_to_remove = n_remove - below.sum(dim=1, keepdim=True)
     removed = below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= n_tied_to_remove))
     return ~removed.reshape(score.shape)
+
+
+def _kth_smallest(groups: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th smallest of each row, [rows, 1]."""
+    if groups.device.type != "cpu" or groups.dtype not in (torch.float32, torch.float64):
+        return groups.kthvalue(k, dim=1, keepdim=True).values
+    # The same value in half the time, and iterative solvers ask for it often.
+    return torch.from_numpy(np.partition(groups.detach().numpy(), k - 1, axis=1)[:, k - 1 : k])
 
 
 def satisfies(weight: torch.Tensor, pattern: Pattern) -> bool:

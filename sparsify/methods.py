@@ -1,29 +1,330 @@
-"""The methods by name, for help texts and checks. Imports nothing heavy: the functions are in ``sparsify.scores``."""
+"""The methods by name, what they are made of, and every setting. Imports nothing heavy: the functions are elsewhere.
+
+A method is a row of parts: a score, a mask rule, and optionally a permutation, a refinement of the mask, a solver for
+the weights, a refit, an allocation of sparsity, and what the layer's output is compared with. A recipe names a method
+and may replace any part.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from sparsify.errors import UsageError
 from sparsify.types import Group
+
+Scalar = bool | int | float | str
+
+# Part -> what can stand there, with a line each. The first is the one that does nothing.
+PARTS: dict[str, dict[str, str]] = {
+    "score": {
+        "own": "the solver's own choice of mask",
+        "magnitude": "|W|",
+        "wanda": "|W| times the norm of the input",
+        "ria": "relative importance in row and column, times a power of the input norm",
+        "stochria": "ria with row and column sums over a random sample",
+        "symwanda": "|W| by the norms of input and output",
+    },
+    "permute": {
+        "none": "inputs stay in order",
+        "fold": "reorder inputs where neighbouring weights can take the order over, at no cost at run time",
+        "stream": "fold, and one order of the residual stream for the whole model",
+        "gather": "fold where possible, elsewhere one recorded order per input, a gather at run time",
+        "simulate": "one recorded order per linear, as the RIA paper evaluates it; for comparison",
+    },
+    "refine": {
+        "none": "the mask as scored",
+        "dsnot": "swap by the mean output error",
+        "r2-dsnot": "the same with relative importance and a regulariser",
+        "swaps": "swap while that lowers the output error",
+    },
+    "solver": {
+        "none": "weights stay",
+        "sparsegpt": "columns from left to right, errors passed on to the right",
+        "mrp": "the optimal update for several removed weights at once",
+        "fista": "l1 model with accelerated gradients",
+        "admm": "alternating directions with growing sparsity",
+        "alps": "alternating directions with a rising penalty",
+    },
+    "refit": {
+        "none": "as the solver leaves it",
+        "cg": "least squares on the mask by conjugate gradients",
+        "exact": "least squares on the mask by Cholesky factorisation",
+    },
+    "allocate": {
+        "uniform": "the same sparsity everywhere",
+        "owl": "more for blocks with fewer outliers",
+        "error": "least measured output error for the same number of weights",
+    },
+    "order": {
+        "block": "statistics of a block before any of it is pruned",
+        "group": "statistics of each group of linears after the earlier ones of its block are pruned",
+    },
+    "targets": {
+        "own": "a linear's output on the inputs it sees",
+        "dense": "the dense model's output on the dense model's inputs",
+        "stream": "and, for what is added to the residual stream, the stream's error so far made up for",
+    },
+    "stream": {
+        "pruned": "a block's inputs come from the pruned blocks before it",
+        "dense": "a block's inputs come from the dense model, so that blocks are independent",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A number or word that tunes a part.
+
+    Attributes:
+        part: the part and what must stand there for the setting to mean something, ``score=ria``; ``gram`` for
+            whatever solves with the matrix of inputs.
+        default: its value.
+        low: least value of a number, or for a word the choices.
+        high: greatest value of a number.
+        help: one line.
+    """
+
+    part: str
+    default: Scalar
+    low: float | tuple[str, ...] = 0
+    high: float = float("inf")
+    help: str = ""
+
+
+SETTINGS: dict[str, Setting] = {
+    "damping": Setting("gram", 0.01, 0, 10, "share of the mean diagonal added to a Gram matrix"),
+    "ria.exponent": Setting("score=ria", 0.5, 0, 4, "power of the input norm"),
+    "stochria.exponent": Setting("score=stochria", 1.0, 0, 4, "power of the input norm"),
+    "stochria.share": Setting("score=stochria", 0.1, 0.001, 1, "share of rows and columns that are summed"),
+    "symwanda.norms": Setting(
+        "score=symwanda", "both", ("input", "output", "both", "squared", "weights", "lp"), help="which norms count"
+    ),
+    "symwanda.output": Setting("score=symwanda", 1.0, 0, 100, "weight of output norms, both kinds having mean 1"),
+    "symwanda.p": Setting("score=symwanda", 1.0, 0, 64, "order of the norm in lp; 0 counts non-zeros"),
+    "symwanda.strategy": Setting("score=symwanda", 1, 1, 4, "how lp norms enter, S1 to S4"),
+    "symwanda.exponent": Setting("score=symwanda", 0.5, 0, 4, "power of the input norm in lp"),
+    "permute.sweeps": Setting("permute", 4, 1, 100, "the most sweeps of assignments"),
+    "permute.parts": Setting("permute", 1, 1, 1024, "parts that are solved apart: faster, a little worse"),
+    "dsnot.cycles": Setting("refine=dsnot|r2-dsnot", 50, 0, 10000, "the most swaps a row"),
+    "dsnot.threshold": Setting("refine=dsnot|r2-dsnot", 0.1, 0, 1e9, "mean row error, times window length, to reach"),
+    "dsnot.safe": Setting("refine=dsnot|r2-dsnot", False, help="only swaps that lower the mean row error"),
+    "r2.exponent": Setting("refine=r2-dsnot", 0.5, 0, 4, "power of the input norm"),
+    "r2.reweight": Setting("refine=r2-dsnot", "grow", ("none", "grow", "prune", "both"), help="relative importance in"),
+    "r2.gamma_grow": Setting("refine=r2-dsnot", 0.0, 0, 1e9, "regulariser of restoring"),
+    "r2.gamma_prune": Setting("refine=r2-dsnot", 0.0, 0, 1e9, "regulariser of removing"),
+    "r2.norm": Setting("refine=r2-dsnot", 2.0, 0, 8, "power in the regularisers"),
+    "swaps.most": Setting("refine=swaps", 100, 0, 100000, "the most swaps a row"),
+    "swaps.candidates": Setting("refine=swaps", 64, 0, 65536, "pairs tried are of this many each; 0 tries all"),
+    "mrp.variant": Setting(
+        "solver=mrp",
+        "auto",
+        ("auto", "SS", "SM", "MS", "MM"),
+        help="choice of mask, then compensation; auto is MM or SM",
+    ),
+    "mrp.block": Setting("solver=mrp", 0, 0, 65536, "columns solved together; 0 is a group for N:M, else 128"),
+    "mrp.free": Setting("solver=mrp", "all", ("right", "all"), help="weights that may move: to the right, or all"),
+    "fista.start": Setting("solver=fista", "sparsegpt", ("sparsegpt", "wanda", "dense"), help="warm start"),
+    "fista.steps": Setting("solver=fista", 20, 0, 10000, "gradient steps a round"),
+    "fista.patience": Setting("solver=fista", 3, 0, 1000, "rounds without improvement that end it"),
+    "fista.threshold": Setting("solver=fista", 0.3, 0, 1, "error share of rounding above which l1 is raised"),
+    "fista.scaled": Setting("solver=fista", True, help="in units of the input norms; no is the paper's own"),
+    "admm.iterations": Setting("solver=admm", 20, 1, 10000, "iterations"),
+    "alps.iterations": Setting("solver=alps", 300, 1, 10000, "the most iterations"),
+    "refit.iterations": Setting("refit=cg", 32, 1, 10000, "the most conjugate gradient steps"),
+    "targets.share": Setting("targets=dense|stream", 1.0, 0, 1, "share of the correction towards dense inputs"),
+    "stream.share": Setting("targets=stream", 1.0, 0, 1, "share of the residual stream's error to make up for"),
+    "owl.outlier": Setting("allocate=owl", 5.0, 1, 1000, "an outlier is this many times the mean"),
+    "owl.spread": Setting("allocate=owl", 0.08, 0, 0.5, "greatest deviation from the mean sparsity"),
+    "error.spread": Setting("allocate=error", 0.15, 0, 0.5, "greatest deviation from the mean sparsity"),
+}
+"""Every setting by name; ``--set NAME=VALUE``, or the key ``settings`` of a recipe file."""
+
+
+COSTS = {
+    "none": "weights alone",
+    "norms": "one pass of the text",
+    "gram": "and a matrix of inputs per linear, factorised",
+    "gram+": "and tens of products with it",
+}
+"""What a method takes, by name."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What there is to know of a method before it runs.
+    """A named recipe: parts and the settings it changes.
 
     Attributes:
-        needs_data: whether calibration text has to be run.
         group: the comparison group its authors use for unstructured sparsity.
+        cost: what it takes, see ``COSTS``.
+        paper: source.
         summary: one line for ``--help``.
     """
 
-    needs_data: bool
-    group: Group
     summary: str
+    cost: str
+    paper: str = ""
+    group: Group = "layer"
+    score: str = "own"
+    permute: str = "none"
+    refine: str = "none"
+    solver: str = "none"
+    refit: str = "none"
+    allocate: str = "uniform"
+    order: str = "block"
+    targets: str = "own"
+    stream: str = "pruned"
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def setting(self, name: str) -> Any:
+        """The value of a setting: this method's, or the default."""
+        return self.settings.get(name, SETTINGS[name].default)
+
+    def uses(self, name: str) -> bool:
+        """Whether a setting means anything for these parts."""
+        part, _, values = SETTINGS[name].part.partition("=")
+        if part == "gram":
+            return self.needs_gram
+        return getattr(self, part) in values.split("|") if values else getattr(self, part) != "none"
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether Σ x xᵀ has to be collected."""
+        symwanda = self.score == "symwanda" and self.setting("symwanda.norms") in ("output", "both", "squared")
+        return self.solver != "none" or self.refit != "none" or self.refine == "swaps" or symwanda
+
+    @property
+    def needs_mean(self) -> bool:
+        """Whether Σ x has to be collected."""
+        return self.refine in ("dsnot", "r2-dsnot")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text has to be run."""
+        free = self.score in ("own", "magnitude") or (
+            self.score == "symwanda" and self.setting("symwanda.norms") == "weights"
+        )
+        return self.needs_gram or self.needs_mean or not free or self.allocate != "uniform"
 
 
-METHODS = {
-    "magnitude": Method(False, "layer", "absolute value; needs no text"),
-    "wanda": Method(True, "row", "absolute value times the norm of its input"),
-    "ria": Method(True, "layer", "relative importance in row and column, times the input norm to the power 0.5"),
-}
+_WANDA = "Sun et al., arXiv 2306.11695"
+_RIA = "Zhang et al., ICLR 2024"
+_SYMMETRIC = "Yi and Richtárik, arXiv 2501.18980"
+METHODS: dict[str, Method] = {
+    "magnitude": Method("absolute value; needs no text", "none", score="magnitude"),
+    "wanda": Method("absolute value times the norm of its input", "norms", _WANDA, "row", "wanda"),
+    "ria": Method(
+        "relative importance in row and column, times the input norm to the power 0.5", "norms", _RIA, score="ria"
+    ),
+    "ria-cp": Method(
+        "ria with inputs reordered for N:M, folded into the neighbouring weights",
+        "norms",
+        _RIA,
+        score="ria",
+        permute="fold",
+    ),
+    "stochria": Method("ria with sums over a random tenth of rows and columns", "norms", _SYMMETRIC, score="stochria"),
+    "symwanda": Method("absolute value times input norm plus output norm", "gram", _SYMMETRIC, score="symwanda"),
+    "dsnot": Method(
+        "wanda, then swaps that bring the mean output error to zero", "norms", "Zhang et al., arXiv 2310.08915", "row",
+        "wanda", refine="dsnot",
+    ),
+    "r2-dsnot": Method(
+        "wanda, then such swaps by relative importance", "norms", _SYMMETRIC, "row", "wanda", refine="r2-dsnot"
+    ),
+    "sparsegpt": Method(
+        "column by column, errors passed on to the right", "gram", "Frantar and Alistarh, arXiv 2301.00774",
+        solver="sparsegpt",
+    ),
+    "mrp": Method(
+        "several weights removed at once, the others optimal", "gram+", "Zhang et al., arXiv 2410.15567", solver="mrp"
+    ),
+    "fistapruner": Method(
+        "l1 model with accelerated gradients, dense targets, blocks independent", "gram+",
+        "Zhao et al., arXiv 2408.03728", solver="fista", order="group", targets="dense", stream="dense",
+    ),
+    "admm": Method(
+        "alternating directions with growing sparsity", "gram+", "Boža, arXiv 2401.02938", solver="admm"
+    ),
+    "alps": Method(
+        "alternating directions with a rising penalty, then least squares", "gram+", "Meng et al., arXiv 2406.07831",
+        solver="alps",
+    ),
+}  # fmt: skip
+"""The table: name -> method."""
+
+
+def resolve(method: str, parts: Mapping[str, str | None], settings: Mapping[str, Scalar]) -> Method:
+    """The method ``method`` with ``parts`` replaced and ``settings`` changed.
+
+    Raises:
+        UsageError: an unknown name, a value out of range, a setting of a part that is not in use, or parts that do
+            not go together.
+    """
+    if method not in METHODS:
+        raise UsageError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
+    base = METHODS[method]
+    given = {name: value for name, value in parts.items() if value is not None}
+    for name, value in given.items():
+        if value not in PARTS[name]:
+            raise UsageError(f"{name} {value!r} is unknown; choose one of {', '.join(PARTS[name])}")
+    for name, setting in settings.items():
+        _check_setting(name, setting)
+    plan = replace(base, **given, settings={**base.settings, **settings})  # type: ignore[arg-type]
+    plan = replace(plan, settings={name: value for name, value in plan.settings.items() if plan.uses(name)})
+    for name in settings:
+        if name not in plan.settings:
+            raise UsageError(
+                f"setting {name} has no effect here: it belongs to {SETTINGS[name].part.replace('=', ' ')}"
+            )
+    _check_combination(plan)
+    return plan
+
+
+def _check_setting(name: str, value: Scalar) -> None:
+    if name not in SETTINGS:
+        raise UsageError(f"setting {name!r} is unknown; sparsify methods --settings lists them")
+    setting = SETTINGS[name]
+    if isinstance(setting.low, tuple):
+        if value not in setting.low:
+            raise UsageError(f"setting {name} {value!r} is unknown; choose one of {', '.join(setting.low)}")
+    elif isinstance(setting.default, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"setting {name} {value!r}: give true or false")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"setting {name} {value!r} is not a number; the default is {setting.default}")
+    elif isinstance(setting.default, int) and not isinstance(value, int):
+        raise UsageError(f"setting {name} {value!r} is not a whole number; the default is {setting.default}")
+    elif not setting.low <= value <= setting.high:
+        raise UsageError(f"setting {name} {value} is outside [{setting.low:g}, {setting.high:g}]")
+
+
+def _check_combination(plan: Method) -> None:
+    own = plan.score == "own"
+    if own and plan.solver == "none":
+        raise UsageError("score own: there is no solver to choose the mask; name a score or a solver")
+    if not own and plan.solver in ("fista", "alps"):
+        raise UsageError(
+            f"score {plan.score} with solver {plan.solver}: {plan.solver} chooses its mask while it solves; "
+            "use --set refit=cg for a given mask, or --set score=own"
+        )
+    if plan.refine != "none" and own:
+        raise UsageError(
+            f"refine {plan.refine} with solver {plan.solver}: it needs the mask of a score; add --set score=wanda"
+        )
+    if plan.targets != "own" and plan.solver == "none" and plan.refit == "none":
+        raise UsageError(
+            f"targets {plan.targets} without solver and refit: weights stay, so targets do not matter; add --set refit=cg"
+        )
+    if plan.targets == "stream" and plan.stream == "dense":
+        raise UsageError(
+            "targets stream with stream dense: the stream that enters a block has no error; use targets dense"
+        )
+    if plan.refit != "none" and plan.solver == "mrp" and plan.setting("mrp.free") == "all":
+        raise UsageError("refit with solver mrp: mrp.free all is the least squares optimum already; drop --set refit")
+    if plan.targets != "own" and plan.stream == "dense" and plan.order == "block":
+        raise UsageError(
+            f"targets {plan.targets} with stream dense and order block: dense and pruned inputs are the same; "
+            "use --set order=group"
+        )

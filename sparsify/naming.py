@@ -253,6 +253,15 @@ class Binding:
         self.load(self.stored_in(self.skeleton.prefix(index)), dtype, device)
         return block
 
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """Parameter name -> the dtype it is stored in."""
+        return {
+            target: FLOATS[self.reader.tensors[name].dtype]
+            for name, origin in self._origins.items()
+            if self.reader.tensors[name].dtype in FLOATS
+            for target in self._targets(origin)
+        }
+
     def stored_form(self, index: int) -> dict[str, torch.Tensor]:
         """The block's tensors under their checkpoint names and in their stored dtypes.
 

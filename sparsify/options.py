@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from sparsify.errors import UsageError
-from sparsify.methods import METHODS
+from sparsify.methods import METHODS, PARTS, SETTINGS
 from sparsify.recipe import Recipe, from_mapping, read_yaml
 
-_METHODS = "; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+_METHODS = f"{', '.join(METHODS)}; `sparsify methods` explains them"
 _DEFAULT = Recipe()
 
 Model = Annotated[
@@ -38,7 +38,15 @@ Group = Annotated[
         help="For a sparsity: compare weights over the layer or per output row.", show_default="the method's own"
     ),
 ]
-Exponent = Annotated[float | None, typer.Option(help="RIA: exponent of the input norm.", show_default="0.5")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="PART=CHOICE or SETTING=VALUE, such as solver=alps or ria.exponent=0.7; repeatable. "
+        "`sparsify methods` lists them.",
+        show_default="the method's own",
+    ),
+]
 Include = Annotated[list[str] | None, typer.Option(help="Glob of linears to prune; repeatable.", show_default="all")]
 Exclude = Annotated[
     list[str] | None, typer.Option(help="Glob of linears to keep dense; repeatable.", show_default="none")
@@ -125,12 +133,38 @@ def merge_settings(recipe_file: Path | None, options: dict[str, Any]) -> tuple[R
     }
     if "overrides" in given:
         given["overrides"] = _overrides(given["overrides"])
+    if "changes" in given:
+        _change(given, given.pop("changes"), values.get("settings"), where)
     if options.get("bos") is False:
         given["bos"] = False
     run |= {key: given[key] for key in _RUN_KEYS if key in given}
     recipe_keys = {f.name for f in fields(Recipe)}
     merged = values | {key: value for key, value in given.items() if key in recipe_keys}
     return from_mapping(merged, where), run
+
+
+def _change(given: dict[str, Any], pairs: list[str], settings: Any, where: str) -> None:
+    """Sort ``--set`` into parts and settings; the latter go on top of those of the recipe file."""
+    import yaml
+
+    if settings is not None and not isinstance(settings, dict):
+        raise UsageError(f"{where}: key 'settings' is {type(settings).__name__}, expected dict")
+    merged = dict(settings or {})
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {pair!r}: write PART=CHOICE or SETTING=VALUE, such as solver=alps")
+        if name in PARTS:
+            given[name] = text
+        elif name in SETTINGS:
+            try:
+                merged[name] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                raise UsageError(f"--set {pair!r}: the value is not a number or a word") from None
+        else:
+            raise UsageError(f"--set {pair!r}: {name} is neither a part nor a setting; `sparsify methods` lists them")
+    if merged:
+        given["settings"] = merged
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

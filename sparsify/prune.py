@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,23 @@ from typing import Any
 import torch
 
 from sparsify import manifest
+from sparsify.block import BlockPruner, Streams
 from sparsify.checkpoint import FLOATS, CheckpointReader, copy_side_files, portable_config, write_index, write_shard
 from sparsify.data import Windows, load_windows
-from sparsify.errors import ModelError, UsageError
+from sparsify.errors import UsageError
 from sparsify.files import Staging, sha256_file, staging_folder, stamps, write_json
-from sparsify.hidden import Calls, HiddenFile, enter, file_crc32
-from sparsify.masks import keep_mask
+from sparsify.hidden import HiddenFile, enter, file_crc32
 from sparsify.memory import peak_memory_bytes, return_freed_memory, return_large_frees
-from sparsify.methods import METHODS
-from sparsify.model import Skeleton, load_skeleton, weight_view
+from sparsify.model import Skeleton, load_skeleton
 from sparsify.naming import Binding
 from sparsify.progress import Progress, Silent
 from sparsify.recipe import DEFAULT_CALIBRATION, Recipe
-from sparsify.scores import SCORES
 from sparsify.source import Source
-from sparsify.stats import InputStats, collect
-from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
+from sparsify.types import LinearSpec, Pattern, PrunedLinear
 
-_HIDDEN = ("hidden.0", "hidden.1")
+# Hidden states, in pairs of files that swap roles from block to block.
+_PRUNED = ("hidden.0", "hidden.1")
+_DENSE = ("dense.0", "dense.1")
 _SHARD = "model-{:05d}-of-{:05d}.safetensors"
 # Tensors outside the blocks (embeddings, head) are copied in shards of at most this size, the bound on that step's
 # memory; a larger single tensor has a shard to itself.
@@ -74,10 +73,10 @@ def prune(
     binding = Binding(CheckpointReader(source.folder), skeleton)
     for text in skeleton.notices:
         progress.notice(text)
-    if METHODS[recipe.method].needs_data and recipe.calibration == DEFAULT_CALIBRATION:
+    if recipe.plan.needs_data and recipe.calibration == DEFAULT_CALIBRATION:
         progress.notice("calibrating on Python's help texts; --calibration takes text like the model will serve")
     patterns = recipe.assign([spec for block in skeleton.linears for spec in block])
-    windows = _windows(source, recipe, trust_remote_code) if METHODS[recipe.method].needs_data else None
+    windows = _windows(source, recipe, trust_remote_code) if recipe.plan.needs_data else None
     _check_dtypes(binding, recipe)
     with (
         staging_folder(
@@ -125,9 +124,9 @@ def _damage(folder: Path, state: Any) -> str | None:
             return f"{block['file']} is truncated"
         for row in block["linears"]:
             PrunedLinear(**row)
-    hidden = state["hidden"]
-    if hidden is not None and file_crc32(folder / hidden["file"]) != hidden["crc32"]:
-        return f"{hidden['file']} is not what was written"
+    for hidden in state["hidden"]:
+        if file_crc32(folder / hidden["file"]) != hidden["crc32"] or Path(hidden["file"]).name != hidden["file"]:
+            return f"{hidden['file']} is not what was written"
     return None
 
 
@@ -180,13 +179,13 @@ class _Run:
     def _open_state(self) -> dict[str, Any]:
         state = self.staging.state
         if state is None:
-            return {"threads": torch.get_num_threads(), "blocks": [], "hidden": None}
+            return {"threads": torch.get_num_threads(), "blocks": [], "hidden": []}
         # The order of a threaded sum depends on the number of threads, and resuming promises the same bits.
         torch.set_num_threads(state["threads"])
         self.n_resumed = len(state["blocks"])
         return state
 
-    def _commit_block(self, shard: str, rows: list[PrunedLinear], hidden: dict[str, Any] | None) -> None:
+    def _commit_block(self, shard: str, rows: list[PrunedLinear], hidden: list[dict[str, Any]]) -> None:
         n_bytes = (self.folder / shard).stat().st_size
         self.state["blocks"].append({"file": shard, "bytes": n_bytes, "linears": [asdict(row) for row in rows]})
         self.state["hidden"] = hidden
@@ -202,95 +201,81 @@ class _Run:
         """Prune every block that is not finished yet."""
         n_blocks = self.skeleton.n_blocks
         done = len(self.state["blocks"])
-        n_windows = 0 if self.windows is None else self.windows.ids.shape[0]
         chosen = [[spec for spec in block if spec.name in self.patterns] for block in self.skeleton.linears]
         # What the last block with anything to prune puts out feeds nothing that is pruned.
         last = max(index for index, specs in enumerate(chosen) if specs)
-        # Each block is written; one with linears to prune runs for its statistics, one before the last for its outputs.
-        steps = [1 + n_windows * (bool(specs) + (index < last)) for index, specs in enumerate(chosen)]
+        steps = self._steps(chosen, last)
         self.progress.stage("pruning", sum(steps))
         self.progress.advance(sum(steps[:done]))
         if done == n_blocks:
             return
-        files, calls = self._enter(done) if done <= last else ((), None)
+        streams = self._enter(done) if done <= last else None
+        plan = self.recipe.plan
+        pruner = BlockPruner(
+            self.skeleton,
+            plan,
+            self.patterns,
+            self.binding.stored_dtypes(),
+            seed=self.recipe.seed,
+            length=self.windows.ids.shape[1] if self.windows is not None else 1,
+            device=self.device,
+            progress=self.progress,
+        )
         for index, specs in enumerate(chosen[done:], done):
             block = self.binding.load_block(index, self.dtype, self.device)
-            stats = self._collect(block, index, specs, files, calls) if specs else {}
-            rows = [self._prune_linear(spec, stats.get(spec.name)) for spec in specs]
             shard = _SHARD.format(index + 1, self._n_shards)
+            hidden: list[dict[str, Any]] = []
+            ahead = streams is not None and index < last
+            entering = streams.turned(index) if streams is not None else None
+            if ahead and entering is not None and entering.dense is not None:
+                hidden.append(self._write_hidden(block, index, entering, entering.dense))
+            rows = pruner.prune(block, index, specs, entering) if specs else []
             write_shard(self.folder / shard, self.binding.stored_form(index))
-            hidden = None
-            if calls is not None and index < last:
-                inputs, outputs = files[index % 2], files[(index + 1) % 2]
-                checksum = outputs.write(self._outputs(block, index, inputs, calls))
-                hidden = {"file": outputs.path.name, "crc32": checksum}
+            if ahead and entering is not None and plan.stream == "pruned":
+                hidden.append(self._write_hidden(block, index, entering, entering.pruned))
             self.binding.unload(block)
             return_freed_memory()
             self._commit_block(shard, rows, hidden)
             self.progress.advance()
 
-    def _enter(self, done: int) -> tuple[tuple[HiddenFile, ...], Calls | None]:
+    def _steps(self, chosen: list[list[LinearSpec]], last: int) -> list[int]:
+        """Steps of each block: it is written; its linears are solved; windows run for statistics and for outputs."""
+        n_windows = 0 if self.windows is None else self.windows.ids.shape[0]
+        plan = self.recipe.plan
+        # By group, nearly every architecture has four: before attention, its output, before the MLP, its output.
+        passes = 4 if plan.order == "group" else 1
+        streams = len(self._stream_names())
+        return [
+            1 + n_windows * (passes * bool(specs) + streams * (index < last)) + (len(specs) if n_windows else 0)
+            for index, specs in enumerate(chosen)
+        ]
+
+    def _stream_names(self) -> list[tuple[str, str]]:
+        """Files of hidden states: of the pruned model, and of the dense one where targets or inputs are dense."""
+        plan = self.recipe.plan
+        if plan.stream == "dense":
+            return [_DENSE]
+        return [_PRUNED] if plan.targets == "own" else [_PRUNED, _DENSE]
+
+    def _enter(self, done: int) -> Streams | None:
         if self.windows is None:
-            return (), None
+            return None
         ids = torch.from_numpy(self.windows.ids)
-        paths = self.folder / _HIDDEN[0], self.folder / _HIDDEN[1]
-        calls, files = enter(self.binding, ids, paths, self.dtype, self.device, resume=done > 0)
-        return files, calls
+        names = self._stream_names()
+        pairs = [(self.folder / first, self.folder / second) for first, second in names]
+        calls, files = enter(self.binding, ids, pairs, self.dtype, self.device, resume=done > 0)
+        return Streams(calls, files[0], files[-1] if names[-1] is _DENSE else None)
 
-    def _outputs(self, block: Any, index: int, inputs: HiddenFile, calls: Calls) -> Iterator[torch.Tensor]:
-        for hidden in inputs.windows(self.device):
-            yield calls.run(block, index, hidden)
-            self.progress.advance()
-
-    def _collect(
-        self, block: Any, index: int, specs: list[LinearSpec], files: Sequence[HiddenFile], calls: Calls | None
-    ) -> dict[str, InputStats]:
-        if calls is None:
-            return {}
-        with collect(block, self.skeleton.prefix(index), specs) as collector:
-            for hidden in files[index % 2].windows(self.device):
-                with collector.window():
-                    calls.run(block, index, hidden)
+    def _write_hidden(
+        self, block: Any, index: int, streams: Streams, files: tuple[HiddenFile, HiddenFile]
+    ) -> dict[str, Any]:
+        def windows() -> Iterator[torch.Tensor]:
+            for hidden in files[0].windows(self.device):
+                yield streams.calls.run(block, index, hidden)
                 self.progress.advance()
-        stats = collector.result(specs)
-        unseen = [spec for spec in specs if stats[spec.name].n_tokens == 0]
-        # An expert may be routed to by no token; a module, or all experts at once, cannot.
-        seen = {spec.parameter for spec in specs if stats[spec.name].n_tokens}
-        for spec in unseen:
-            if spec.parameter not in seen:
-                raise ModelError(
-                    f"{spec.name}: its module is never called, so its inputs cannot be seen; "
-                    f"pass --exclude '{spec.name}' or --method magnitude"
-                )
-        if unseen:
-            self.progress.notice(
-                f"{len({spec.expert for spec in unseen})} experts of block {index} saw no calibration token; "
-                "their inputs count as equal (use more calibration text)"
-            )
-        return stats
 
-    def _prune_linear(self, spec: LinearSpec, stats: InputStats | None) -> PrunedLinear:
-        pattern = self.patterns[spec.name]
-        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
-        score = SCORES[self.recipe.method](weight, stats, self.recipe.exponent)
-        group = METHODS[self.recipe.method].group
-        keep = keep_mask(score, pattern, default_group=group)
-        del score
-        squares = weight.float().square()
-        if stats is not None:
-            squares *= stats.rms.square()
-        whole = float(squares.sum(dtype=torch.float64))
-        lost = float(squares.masked_fill_(keep, 0).sum(dtype=torch.float64))
-        weight.masked_fill_(~keep, 0)
-        return PrunedLinear(
-            name=spec.name,
-            shape=(spec.out_features, spec.in_features),
-            pattern=str(pattern),
-            group=str(pattern.m) if isinstance(pattern, NofM) else (pattern.group or group),
-            zeros=int((weight == 0).sum()),
-            relative_error=lost / whole if whole > 0 else 0.0,
-            n_tokens=stats.n_tokens if stats is not None else 0,
-        )
+        checksum = files[1].write(windows())
+        return {"file": files[1].path.name, "crc32": checksum}
 
     # --- the rest of the checkpoint --------------------------------------------------------------------------------
 
@@ -325,7 +310,7 @@ class _Run:
             portable_config(self.skeleton.config, getattr(self.skeleton.text_config, "rope_parameters", None)),
         )
         copy_side_files(self.source.folder, staging)
-        for name in (*_HIDDEN, *(path.name for path in staging.glob("*.tmp"))):
+        for name in (*_PRUNED, *_DENSE, *(path.name for path in staging.glob("*.tmp"))):
             (staging / name).unlink(missing_ok=True)
         linears = [
             PrunedLinear(**{**row, "shape": tuple(row["shape"])})

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import UsageError
-from sparsify.types import Group, LinearSpec, Pattern, parse_pattern
+from sparsify.methods import PARTS, Method, Scalar, resolve
+from sparsify.types import Group, LinearSpec, NofM, Pattern, check_enumerable, parse_pattern
 
 DEFAULT_CALIBRATION = "pydoc"
 
@@ -20,9 +22,11 @@ class Recipe:
 
     Attributes:
         pattern: ``2:4``, any ``N:M`` (N kept of M), or a sparsity such as ``0.5``.
-        method: name in ``SCORES``.
-        group: comparison group for a sparsity: ``layer`` or ``row``; None leaves it to the method.
-        exponent: exponent of the input norm in RIA; None is the method's default.
+        method: name in ``METHODS``, which decides every part that is None below.
+        group: comparison group for a sparsity: ``layer`` or ``row``.
+        score: and ``permute``, ``refine``, ``solver``, ``refit``, ``allocate``, ``order``, ``targets``, ``stream``:
+            what stands in that part, see ``PARTS``.
+        settings: name -> value, see ``SETTINGS``.
         include: globs of linear names to prune; none means all.
         exclude: globs of linear names that stay dense.
         overrides: glob -> pattern for single linears; the last that matches counts.
@@ -37,7 +41,16 @@ class Recipe:
     pattern: str = "2:4"
     method: str = "ria"
     group: Group | None = None
-    exponent: float | None = None
+    score: str | None = None
+    permute: str | None = None
+    refine: str | None = None
+    solver: str | None = None
+    refit: str | None = None
+    allocate: str | None = None
+    order: str | None = None
+    targets: str | None = None
+    stream: str | None = None
+    settings: dict[str, Scalar] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: dict[str, str] = field(default_factory=dict)
@@ -49,25 +62,44 @@ class Recipe:
     compute_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        from sparsify.methods import METHODS
-
-        if self.method not in METHODS:
-            raise UsageError(f"method {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         if self.group not in (None, "layer", "row"):
             raise UsageError(f"group {self.group!r} is unknown; choose layer or row")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UsageError(f"compute_dtype {self.compute_dtype!r} is unknown; choose float32 or bfloat16")
-        if self.exponent is not None and self.method != "ria":
-            raise UsageError(f"exponent belongs to method ria; {self.method} has none")
-        if self.exponent is not None and not 0 <= self.exponent <= 4:
-            raise UsageError(f"exponent {self.exponent} is outside [0, 4]; RIA's authors use 0.5")
         if self.windows < 1 or self.length < 2:
             raise UsageError(f"windows {self.windows} of length {self.length}: at least 1 window of 2 tokens is needed")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative; give 0 or more")
-        self._parse(self.pattern, "pattern")
+        patterns = [self._parse(self.pattern, "pattern")]
         for glob, pattern in self.overrides.items():
-            self._parse(pattern, f"overrides: {glob}")
+            patterns.append(self._parse(pattern, f"overrides: {glob}"))
+        self._check_patterns(patterns)
+
+    @cached_property
+    def plan(self) -> Method:
+        """The method with the recipe's own parts and settings in place.
+
+        Raises:
+            UsageError: what ``methods.resolve`` refuses.
+        """
+        return resolve(self.method, {name: getattr(self, name) for name in PARTS}, self.settings)
+
+    def _check_patterns(self, patterns: list[Pattern]) -> None:
+        plan = self.plan
+        grouped = [isinstance(pattern, NofM) for pattern in patterns]
+        if plan.permute != "none" and not any(grouped):
+            raise UsageError(
+                f"permute {plan.permute} with pattern {self.pattern}: the order of inputs matters to N:M only; "
+                "use --set permute=none or an N:M pattern"
+            )
+        if plan.allocate != "uniform" and any(grouped):
+            raise UsageError(
+                f"allocate {plan.allocate} with pattern {self.pattern}: N:M fixes the sparsity of every group; "
+                "use --set allocate=uniform or a sparsity"
+            )
+        if plan.solver == "mrp" and plan.score == "own" and plan.setting("mrp.variant") in ("MS", "MM"):
+            for pattern in patterns:
+                check_enumerable(pattern)
 
     def _parse(self, text: str, where: str) -> Pattern:
         # The group speaks of unstructured patterns only, so that one recipe can hold both kinds.
@@ -119,7 +151,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "pattern": (str, float, int),
     "method": (str,),
     "group": (str, type(None)),
-    "exponent": (float, int, type(None)),
+    **dict.fromkeys(PARTS, (str, type(None))),
+    "settings": (dict,),
     "include": (list,),
     "exclude": (list,),
     "overrides": (dict,),
@@ -151,7 +184,12 @@ def from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
             if not all(isinstance(item, str) for item in value):
                 raise UsageError(f"{where}: key {key!r} must be a list of strings")
             value = tuple(value)
-        if isinstance(value, dict):
+        if key == "settings":
+            bad = next((name for name, item in value.items() if not isinstance(item, bool | int | float | str)), None)
+            if bad is not None:
+                raise UsageError(f"{where}: setting {bad!r} is {type(value[bad]).__name__}, expected one value")
+            value = {str(name): item for name, item in value.items()}
+        elif isinstance(value, dict):
             value = {str(glob): _pattern_text(pattern, where) for glob, pattern in value.items()}
         checked[key] = _pattern_text(value, where) if key == "pattern" else value
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from math import comb
 from typing import Literal
 
 from sparsify.errors import UsageError
@@ -53,6 +54,28 @@ class NofM:
 
 
 Pattern = Unstructured | NofM
+
+# More masks a group than this (8:16 has 12870) would cost more to try than they can bring.
+MAX_MASKS = 512
+
+
+def n_masks(pattern: Pattern) -> int:
+    """Number of masks of one group; 0 for unstructured patterns, whose groups are too large to count them."""
+    return comb(pattern.m, pattern.n) if isinstance(pattern, NofM) else 0
+
+
+def check_enumerable(pattern: Pattern) -> None:
+    """Refuse patterns whose masks cannot be tried one by one.
+
+    Raises:
+        UsageError: an unstructured pattern, or more than ``MAX_MASKS`` masks a group.
+    """
+    if n_masks(pattern) == 0:
+        raise UsageError(f"mrp: masks can be tried one by one for N:M only, not for {pattern}; set mrp.variant=SM")
+    if n_masks(pattern) > MAX_MASKS:
+        raise UsageError(
+            f"mrp: {pattern} has {n_masks(pattern)} masks a group, more than {MAX_MASKS}; set mrp.variant=SM"
+        )
 
 
 def parse_sparsity(text: str | float, where: str = "sparsity") -> Fraction:
@@ -130,9 +153,15 @@ class PrunedLinear:
         pattern: as written by the user, ``2:4`` or ``0.5``.
         group: comparison group that was used; ``m`` consecutive inputs for N:M.
         zeros: zeros in the weight as stored.
-        relative_error: sum_ij (W - V)_ij^2 s_j / sum_ij W_ij^2 s_j with s_j = sum of x_j^2 over calibration tokens
-            (1 for methods without data): the output error if input channels were uncorrelated.
+        relative_error: ||X(V - W)ᵀ||² / ||XWᵀ||² over the calibration tokens that reached this linear; where only input
+            norms were collected (``objective`` is None) as if inputs were uncorrelated, without data by weights alone.
         n_tokens: calibration tokens that reached this linear.
+        target: what the solver compared with: ``own``, ``dense`` or ``stream``, see ``methods.PARTS``.
+        objective_before: error of the target weights on the final mask, before any was updated, relative to the
+            target output; None where nothing is solved.
+        objective: the same for the weights that were written, up to their rounding.
+        n_iter: iterations of solver and mask refinement.
+        status: ``exact``, ``converged``, ``max_iter``, or a sentence about the fallback that was used.
     """
 
     name: str
@@ -142,3 +171,8 @@ class PrunedLinear:
     zeros: int
     relative_error: float
     n_tokens: int
+    target: str = "own"
+    objective_before: float | None = None
+    objective: float | None = None
+    n_iter: int = 0
+    status: str = "exact"

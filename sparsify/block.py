@@ -1,0 +1,278 @@
+"""Pruning of one loaded decoder block: passes over the calibration text, then its linears, group by group."""
+
+from __future__ import annotations
+
+import zlib
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparsify.errors import ModelError, NumericsError
+from sparsify.hidden import Calls, HiddenFile
+from sparsify.layer import prune_layer
+from sparsify.methods import Method
+from sparsify.model import Skeleton, weight_view
+from sparsify.progress import Progress
+from sparsify.solvers.quadratic import Gram, relative_error, retarget
+from sparsify.stats import InputStats, Wanted
+from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
+from sparsify.watch import Tape, collect, keys, stream_places, watch
+
+# Tokens per channel below which a solver is said to have little to go by.
+_TOKENS_PER_CHANNEL = 4
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The calibration set on its way through the blocks.
+
+    Attributes:
+        calls: how blocks are called.
+        pruned: hidden states that enter the block being pruned, and the file for what leaves it.
+        dense: the same in the dense model; None unless targets are dense, and the same files if blocks see those.
+    """
+
+    calls: Calls
+    pruned: tuple[HiddenFile, HiddenFile]
+    dense: tuple[HiddenFile, HiddenFile] | None = None
+
+    def turned(self, index: int) -> Streams:
+        """The files as block ``index`` needs them: each pair swaps roles from block to block."""
+        if index % 2 == 0:
+            return self
+        return Streams(self.calls, self.pruned[::-1], self.dense[::-1] if self.dense else None)
+
+
+class BlockPruner:
+    """Prunes the blocks of one run, one at a time.
+
+    Args:
+        skeleton: the model; a block's weights are loaded while it is pruned.
+        plan: the method.
+        patterns: linear name -> pattern.
+        dtypes: parameter name -> dtype it is stored in, to which weights are rounded before anything is computed
+            with them.
+        seed: of the run.
+        length: tokens of a window.
+        device: where statistics are taken and problems solved.
+        progress: receives a step for every window and linear, and notices.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: Method,
+        patterns: dict[str, Pattern],
+        dtypes: dict[str, torch.dtype],
+        *,
+        seed: int,
+        length: int,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.skeleton = skeleton
+        self.plan = plan
+        self.patterns = patterns
+        self.dtypes = dtypes
+        self.seed = seed
+        self.length = length
+        self.device = device
+        self.progress = progress
+        self._told: set[str] = set()
+
+    def prune(
+        self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams | None
+    ) -> list[PrunedLinear]:
+        """Prune ``specs`` of ``block`` in place; one record each, in their order.
+
+        Raises:
+            ModelError: a linear that is never called.
+            NumericsError: NaN or Inf in activations, or a Gram matrix that stays singular.
+        """
+        if streams is None:
+            return [self._prune_linear(spec, None, None) for spec in specs]
+        # Dense weights are needed beside the pruned ones as long as later groups are compared with them.
+        reference = deepcopy(block) if self.plan.targets != "own" else None
+        places: dict[str, str] = {}
+        if self.plan.targets == "stream":
+            first = next(streams.pruned[0].windows(self.device))
+            places = stream_places(
+                block, self.skeleton.prefix(index), specs, lambda: streams.calls.run(block, index, first)
+            )
+            if not places:
+                self._tell(
+                    "targets stream: this architecture adds no linear's output to the residual stream as it is; "
+                    "its targets are those of dense"
+                )
+        rows: dict[str, PrunedLinear] = {}
+        for group in self._groups(block, index, specs, streams):
+            stats = self._collect(block, reference, index, group, streams, places)
+            grams: dict[int, Gram] = {}
+            for spec in group:
+                entry = stats[spec.name]
+                rows[spec.name] = self._prune_linear(spec, entry, self._gram(entry, grams, spec))
+                self.progress.advance()
+        return [rows[spec.name] for spec in specs]
+
+    def _tell(self, notice: str) -> None:
+        if notice not in self._told:
+            self._told.add(notice)
+            self.progress.notice(notice)
+
+    # --- statistics ------------------------------------------------------------------------------------------------
+
+    def _groups(
+        self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams
+    ) -> list[list[LinearSpec]]:
+        """Linears whose statistics are taken together, in the order in which the block computes them."""
+        if self.plan.order == "block":
+            return [specs]
+        with collect(block, self.skeleton.prefix(index), specs) as collector:
+            streams.calls.run(block, index, next(streams.pruned[0].windows(self.device)))
+        groups: dict[str, list[LinearSpec]] = {}
+        for shared in collector.order(specs):
+            # All experts' gates and ups, then all downs: one of each would be a pass over the text per expert.
+            groups.setdefault(shared[0].parameter, []).extend(shared)
+        called = {spec.name for group in groups.values() for spec in group}
+        for spec in specs:
+            if spec.name not in called:
+                groups.setdefault(spec.parameter, []).append(spec)
+        return list(groups.values())
+
+    def _collect(
+        self,
+        block: nn.Module,
+        reference: nn.Module | None,
+        index: int,
+        specs: list[LinearSpec],
+        streams: Streams,
+        places: dict[str, str],
+    ) -> dict[str, InputStats]:
+        wanted = Wanted(
+            self.plan.needs_mean, self.plan.needs_gram, self.plan.targets != "own", self.plan.targets == "stream"
+        )
+        prefix = self.skeleton.prefix(index)
+        run = streams.calls.run
+        places = {spec.parameter: places[spec.parameter] for spec in specs if spec.parameter in places}
+        if reference is None:
+            with collect(block, prefix, specs, wanted) as collector:
+                for hidden in streams.pruned[0].windows(self.device):
+                    with collector.window():
+                        run(block, index, hidden)
+                    self.progress.advance()
+        else:
+            tape = Tape(keys(specs))
+            dense = (streams.dense or streams.pruned)[0]
+            with (
+                watch(reference, prefix, specs, tape, places.values()),
+                collect(block, prefix, specs, wanted, tape, places) as collector,
+            ):
+                for hidden, entering in zip(
+                    streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True
+                ):
+                    tape.rewind()
+                    with tape.window():
+                        run(reference, index, entering)
+                    with collector.window():
+                        run(block, index, hidden)
+                    self.progress.advance()
+        stats = collector.result(specs)
+        self._check_seen(index, specs, stats)
+        return stats
+
+    def _check_seen(self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats]) -> None:
+        unseen = [spec for spec in specs if stats[spec.name].n_tokens == 0]
+        # An expert may be routed to by no token; a module, or all experts at once, cannot.
+        seen = {spec.parameter for spec in specs if stats[spec.name].n_tokens}
+        for spec in unseen:
+            if spec.parameter not in seen:
+                raise ModelError(
+                    f"{spec.name}: its module is never called, so its inputs cannot be seen; "
+                    f"pass --exclude '{spec.name}' or --method magnitude"
+                )
+        if unseen:
+            self.progress.notice(
+                f"{len({spec.expert for spec in unseen})} experts of block {index} saw no calibration token; "
+                "their inputs count as equal (use more calibration text)"
+            )
+
+    def _gram(self, stats: InputStats, made: dict[int, Gram], spec: LinearSpec) -> Gram | None:
+        """The Gram matrix with its factorisations, made once for the linears that share it."""
+        if stats.gram is None:
+            return None
+        if id(stats) not in made:
+            matrix = stats.gram
+            if stats.n_tokens == 0:
+                matrix = torch.eye(len(matrix), device=matrix.device)
+            elif stats.n_tokens < _TOKENS_PER_CHANNEL * len(matrix):
+                wanted = -(-10 * len(matrix) // self.length)
+                self._tell(
+                    f"{spec.name}: {stats.n_tokens} calibration tokens for {len(matrix)} inputs, which fits them and "
+                    f"little else; ten times as many as inputs are advised (--windows {wanted})"
+                )
+            made[id(stats)] = Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
+        return made[id(stats)]
+
+    # --- one linear ------------------------------------------------------------------------------------------------
+
+    def _prune_linear(self, spec: LinearSpec, stats: InputStats | None, gram: Gram | None) -> PrunedLinear:
+        pattern = self.patterns[spec.name]
+        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
+        # A copy: the weight is overwritten before the two are compared.
+        dense = weight.to(torch.float32, copy=True)
+        try:
+            aim, aimed = self._target(spec, dense, stats, gram)
+            outcome = prune_layer(aim, stats, gram, pattern, self.plan, seed=self._seed(spec), length=self.length)
+        except NumericsError as error:
+            raise NumericsError(f"{spec.name}: {error}") from None
+        weight.copy_(outcome.weight.to(self.dtypes.get(spec.parameter, weight.dtype)))
+        status = outcome.status
+        if stats is not None and stats.n_tokens == 0:
+            status = "fallback: no calibration token came here, all inputs counted as equal"
+        return PrunedLinear(
+            name=spec.name,
+            shape=(spec.out_features, spec.in_features),
+            pattern=str(pattern),
+            group=str(pattern.m) if isinstance(pattern, NofM) else (pattern.group or self.plan.group),
+            zeros=int((weight == 0).sum()),
+            relative_error=_relative_error(dense, weight, stats, gram),
+            n_tokens=stats.n_tokens if stats is not None else 0,
+            target=aimed,
+            objective_before=outcome.objective_before,
+            objective=outcome.objective,
+            n_iter=outcome.n_iter,
+            status=status,
+        )
+
+    def _target(
+        self, spec: LinearSpec, dense: torch.Tensor, stats: InputStats | None, gram: Gram | None
+    ) -> tuple[torch.Tensor, str]:
+        """What the linear should compute, [out, in] float32, and which targets that are."""
+        if self.plan.targets == "own" or stats is None or gram is None or stats.cross is None or stats.n_tokens == 0:
+            return dense, "own"
+        shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == spec.out_features else None
+        target = retarget(
+            dense,
+            gram,
+            stats.cross,
+            self.plan.setting("targets.share"),
+            shift,
+            self.plan.setting("stream.share") if self.plan.targets == "stream" else 0.0,
+        )
+        return target, "dense" if shift is None else "stream"
+
+    def _seed(self, spec: LinearSpec) -> int:
+        # By name: the same draw whatever else is pruned, and in whatever order.
+        return zlib.crc32(spec.name.encode(), self.seed & 0xFFFFFFFF)
+
+
+def _relative_error(dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None) -> float:
+    """Output error on the inputs seen, relative to the dense output; without a Gram matrix, by input norms alone."""
+    if gram is not None:
+        return relative_error(dense, pruned, gram.matrix)
+    scale = stats.rms.square() if stats is not None else 1.0
+    whole = float((dense.square() * scale).sum(dtype=torch.float64))
+    lost = float(((dense - pruned.float()).square() * scale).sum(dtype=torch.float64))
+    return lost / whole if whole > 0 else 0.0

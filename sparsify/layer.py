@@ -1,0 +1,220 @@
+"""One linear through the stages of a method: score, mask, refinement, solver, refit. Tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sparsify.masks import keep_mask
+from sparsify.methods import Method
+from sparsify.scores import SCORES
+from sparsify.solvers.admm import admm
+from sparsify.solvers.alps import alps
+from sparsify.solvers.dsnot import dsnot
+from sparsify.solvers.exact import exact
+from sparsify.solvers.fista import fista
+from sparsify.solvers.mrp import mrp
+from sparsify.solvers.quadratic import Gram, Solution, value
+from sparsify.solvers.refit import refit
+from sparsify.solvers.sparsegpt import sparsegpt
+from sparsify.solvers.swaps import swaps
+from sparsify.stats import InputStats
+from sparsify.types import Pattern
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one linear.
+
+    Attributes:
+        weight: [out, in] float32, zeros where pruned.
+        objective_before: error of the dense weights on the final mask, before any was updated, relative to the output
+            aimed at; by the Gram matrix, None without.
+        objective: the same for the weights returned.
+        n_iter: iterations of solver and refinement together; 0 where nothing iterates.
+        status: ``exact`` (a direct method), ``converged``, ``max_iter``, or what was done instead.
+    """
+
+    weight: torch.Tensor
+    objective_before: float | None
+    objective: float | None
+    n_iter: int
+    status: str
+
+
+def prune_layer(
+    weight: torch.Tensor,
+    stats: InputStats | None,
+    gram: Gram | None,
+    pattern: Pattern,
+    plan: Method,
+    *,
+    seed: int = 0,
+    length: int = 1,
+) -> Outcome:
+    """Prune ``weight`` [out, in] by ``plan``.
+
+    Args:
+        weight: what the layer should compute, float32: its dense weight, or its target (``quadratic.retarget``).
+        stats: of its inputs; None where the plan needs no text.
+        gram: of its inputs, where ``plan.needs_gram``.
+        pattern: what to keep.
+        plan: the method.
+        seed: of random scores.
+        length: tokens of a calibration window, the unit of DSnoT's threshold.
+
+    Raises:
+        NumericsError: NaN in a score, or a Gram matrix that stays singular.
+        UsageError: a pattern that the method cannot do.
+    """
+    group = plan.group
+    keep, n_iter, statuses = None, 0, []
+    if plan.score != "own":
+        keep = keep_mask(SCORES[plan.score](weight, stats, plan, seed), pattern, default_group=group)
+    if plan.refine != "none":
+        assert keep is not None
+        keep, n_iter, status = _refine(weight, stats, gram, keep, pattern, plan, length)
+        statuses.append(status)
+    if plan.solver != "none":
+        assert gram is not None
+        solution = SOLVERS[plan.solver](weight, gram, pattern, plan, keep)
+        n_iter += solution.n_iter
+        statuses.append(solution.status)
+        keep, solved = solution.keep, solution.weight
+    else:
+        assert keep is not None
+        solved = weight.float().masked_fill(~keep, 0)
+    if plan.refit != "none":
+        assert gram is not None
+        if plan.refit == "cg":
+            solution = refit(weight, gram, keep, start=solved, n_iter=plan.setting("refit.iterations"))
+        else:
+            solution = exact(weight, gram, keep)
+        n_iter += solution.n_iter
+        statuses.append(solution.status)
+        solved = solution.weight
+    if gram is None:
+        return Outcome(solved, None, None, n_iter, _summary(statuses))
+    if gram.damping_used != gram.damping:
+        statuses.append(f"fallback: damping raised to {gram.damping_used:g}, the inputs' Gram matrix was singular")
+    whole = value(weight, gram.matrix)
+    before, after = (
+        value(v - weight, gram.matrix) / whole if whole > 0 else 0.0
+        for v in (weight.float().masked_fill(~keep, 0), solved)
+    )
+    return Outcome(solved, before, after, n_iter, _summary(statuses))
+
+
+def _summary(statuses: list[str]) -> str:
+    special = [status for status in statuses if status not in ("exact", "converged", "max_iter")]
+    if special:
+        return "; ".join(dict.fromkeys(special))
+    return next((status for status in ("max_iter", "converged") if status in statuses), "exact")
+
+
+def _refine(
+    weight: torch.Tensor,
+    stats: InputStats | None,
+    gram: Gram | None,
+    keep: torch.Tensor,
+    pattern: Pattern,
+    plan: Method,
+    length: int,
+) -> tuple[torch.Tensor, int, str]:
+    if plan.refine == "swaps":
+        assert gram is not None
+        return swaps(
+            weight,
+            gram,
+            keep,
+            pattern,
+            n_iter=plan.setting("swaps.most"),
+            candidates=plan.setting("swaps.candidates") or None,
+        )
+    assert stats is not None
+    common = {
+        "n_iter": plan.setting("dsnot.cycles"),
+        "threshold": plan.setting("dsnot.threshold"),
+        "safe": plan.setting("dsnot.safe"),
+        "tokens_per_sequence": length,
+    }
+    if plan.refine == "dsnot":
+        return dsnot(weight, stats, keep, pattern, **common)
+    return dsnot(
+        weight,
+        stats,
+        keep,
+        pattern,
+        exponent=plan.setting("r2.exponent"),
+        reweight=plan.setting("r2.reweight"),
+        gamma_grow=plan.setting("r2.gamma_grow"),
+        gamma_prune=plan.setting("r2.gamma_prune"),
+        norm=plan.setting("r2.norm"),
+        **common,
+    )
+
+
+def _solve_sparsegpt(
+    weight: torch.Tensor, gram: Gram, pattern: Pattern, plan: Method, keep: torch.Tensor | None
+) -> Solution:
+    return sparsegpt(weight, gram, pattern, keep=keep, group=plan.group)
+
+
+def _solve_mrp(weight: torch.Tensor, gram: Gram, pattern: Pattern, plan: Method, keep: torch.Tensor | None) -> Solution:
+    return mrp(
+        weight,
+        gram,
+        pattern,
+        variant=plan.setting("mrp.variant"),
+        block=plan.setting("mrp.block") or None,
+        free=plan.setting("mrp.free"),
+        keep=keep,
+        group=plan.group,
+    )
+
+
+def _solve_fista(
+    weight: torch.Tensor, gram: Gram, pattern: Pattern, plan: Method, keep: torch.Tensor | None
+) -> Solution:
+    kind = plan.setting("fista.start")
+    if kind == "sparsegpt":
+        start = sparsegpt(weight, gram, pattern, group=plan.group).weight
+    elif kind == "wanda":
+        size = weight.float().abs() * gram.matrix.diagonal().sqrt()
+        start = weight.float() * keep_mask(size, pattern, default_group=plan.group)
+    else:
+        start = weight
+    return fista(
+        weight,
+        gram,
+        pattern,
+        start,
+        n_iter=plan.setting("fista.steps"),
+        patience=plan.setting("fista.patience"),
+        threshold=plan.setting("fista.threshold"),
+        scaled=plan.setting("fista.scaled"),
+        group=plan.group,
+    )
+
+
+def _solve_admm(
+    weight: torch.Tensor, gram: Gram, pattern: Pattern, plan: Method, keep: torch.Tensor | None
+) -> Solution:
+    return admm(weight, gram, pattern, n_iter=plan.setting("admm.iterations"), keep=keep, group=plan.group)
+
+
+def _solve_alps(
+    weight: torch.Tensor, gram: Gram, pattern: Pattern, plan: Method, keep: torch.Tensor | None
+) -> Solution:
+    return alps(weight, gram, pattern, n_iter=plan.setting("alps.iterations"), group=plan.group)
+
+
+SOLVERS: dict[str, Callable[[torch.Tensor, Gram, Pattern, Method, torch.Tensor | None], Solution]] = {
+    "sparsegpt": _solve_sparsegpt,
+    "mrp": _solve_mrp,
+    "fista": _solve_fista,
+    "admm": _solve_admm,
+    "alps": _solve_alps,
+}

@@ -1,0 +1,1 @@
+"""Solvers of the layer problem, one method a file; ``quadratic`` holds the objective they share."""

@@ -1,0 +1,89 @@
+"""ADMM on the layer problem with a gradually growing sparsity.
+
+Boža, "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+
+from sparsify.masks import keep_mask
+from sparsify.solvers.quadratic import Gram, Solution
+from sparsify.types import NofM, Pattern, Unstructured
+
+# Added to the unit diagonal of the scaled Gram matrix; the paper's value, and its penalty parameter.
+_REGULARISER = 0.1
+_RHO = 1.0
+
+
+def admm(
+    weight: torch.Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    *,
+    n_iter: int = 20,
+    n_gradual: int = 15,
+    keep: torch.Tensor | None = None,
+    group: str = "layer",
+) -> Solution:
+    """Alternate between the exact solution of the penalised problem and the projection on the mask.
+
+    Inputs are scaled to unit norm first, so that the size of a weight is its Wanda score. In the first ``n_gradual``
+    iterations the mask is chosen anew at sparsity s·(1 − (1 − (t + 1)/n)³); after them it is fixed.
+    For N:M the schedule first decides over the whole linear among the weights that N:M may remove (all but the best N
+    of each group), so it ends at N:M exactly.
+
+    Args:
+        weight: [out, in].
+        gram: inputs; its own damping is not used, the paper's 0.1 of the scaled diagonal is.
+        pattern: what to keep.
+        n_iter: iterations in all.
+        n_gradual: those in which the mask still grows.
+        keep: a given mask; only the weights are solved for.
+        group: comparison group where the pattern leaves it open.
+
+    Returns:
+        the solution. A direct method would call it ``max_iter``: the iteration count is the method's own rule, and
+        the status says ``converged`` when the iterates and their projection agree to 1e-3.
+    """
+    scale, inverse, scaled = _scaled(gram)
+    dense = gram.live(weight).mul_(scale)
+    target = dense @ scaled
+    iterate, dual = dense.clone(), torch.zeros_like(dense)
+    mask = torch.ones_like(dense, dtype=torch.bool) if keep is None else keep
+    gap = float("inf")
+    for t in range(n_iter):
+        shifted = iterate + dual
+        if keep is None and t < max(n_gradual, 1):
+            mask = _gradual(shifted.abs(), pattern, group, t + 1, max(n_gradual, 1))
+        projected = shifted * mask
+        dual += iterate
+        dual -= projected
+        iterate = (target + _RHO * (projected - dual)) @ inverse
+        if t == n_iter - 1:
+            size = float(torch.linalg.vector_norm(iterate))
+            gap = float(torch.linalg.vector_norm(iterate - projected)) / size if size > 0 else 0.0
+    return Solution((iterate + dual) * mask / scale, mask, n_iter, "converged" if gap < 1e-3 else "max_iter")
+
+
+def _scaled(gram: Gram) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale [in], (G' + rho I)⁻¹ and the regularised G' with unit diagonal."""
+    scale = gram.matrix.diagonal().sqrt().masked_fill(gram.dead, 1)
+    scaled = gram.matrix / scale / scale[:, None]
+    scaled.diagonal().masked_fill_(gram.dead, 1).add_(_REGULARISER)
+    shifted = scaled.double()
+    shifted.diagonal().add_(_RHO)
+    return scale, torch.cholesky_inverse(torch.linalg.cholesky(shifted)).float(), scaled
+
+
+def _gradual(score: torch.Tensor, pattern: Pattern, group: str, step: int, n_steps: int) -> torch.Tensor:
+    # As exact fractions: the last step must be the pattern itself.
+    level = 1 - (1 - Fraction(step, n_steps)) ** 3
+    if isinstance(pattern, NofM):
+        final = keep_mask(score, pattern)
+        if step == n_steps:
+            return final
+        return keep_mask(score.masked_fill(final, torch.inf), Unstructured(pattern.sparsity * level, "layer"))
+    return keep_mask(score, Unstructured(pattern.sparsity * level, pattern.group), default_group=group)

@@ -1,0 +1,104 @@
+"""DSnoT and R²-DSnoT: swap weights of a row so that its mean output error goes to zero; weights stay as they are.
+
+Zhang et al., "Dynamic Sparse No Training", ICLR 2024, arXiv 2310.08915 (DSnoT). Yi and Richtárik, "Symmetric Pruning
+for Large Language Models", arXiv 2501.18980, section on training-free fine-tuning (R²-DSnoT): relative importance in
+one of the criteria and a regulariser. Both are one loop with other settings.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify.scores import relative_importance
+from sparsify.stats import InputStats
+from sparsify.types import NofM, Pattern
+
+
+def dsnot(
+    weight: torch.Tensor,
+    stats: InputStats,
+    keep: torch.Tensor,
+    pattern: Pattern,
+    *,
+    n_iter: int = 50,
+    threshold: float = 0.1,
+    exponent: float = 1.0,
+    variance_power: float = 1.0,
+    reweight: str = "none",
+    gamma_grow: float = 0.0,
+    gamma_prune: float = 0.0,
+    norm: float = 2.0,
+    safe: bool = False,
+    tokens_per_sequence: int = 1,
+) -> tuple[torch.Tensor, int, str]:
+    """Swap while a row's mean error exceeds ``threshold``; returns keep, the cycles run, and a status.
+
+    e = Σ_removed W_r E[x_r] is the mean of dense minus sparse output of a row. A cycle restores the removed weight that
+    moves e towards 0 the most per variance of its input, and removes the kept weight of least importance that moves it
+    towards 0 too. A weight is moved once at most. Row counts stay; for N:M both are of one group.
+
+    Args:
+        weight: [out, in], dense.
+        stats: inputs, with means.
+        keep: [out, in] bool, the start.
+        pattern: only N:M restricts the pairs.
+        n_iter: the most cycles.
+        threshold: on |e| in units of a sequence's sum (mean times ``tokens_per_sequence``).
+        exponent: of the input norm in the importance of a kept weight: 1 is DSnoT (Wanda), 0.5 R²-DSnoT.
+        variance_power: of the variance that divides the criterion for restoring.
+        reweight: ``none`` (DSnoT), ``grow``, ``prune`` or ``both``: where relative importance replaces |W|.
+        gamma_grow: weight of |W|^norm in the criterion for restoring.
+        gamma_prune: weight of |W|^norm in the criterion for removing.
+        norm: power in these two.
+        safe: only make swaps after which |e| is smaller; |e| then never grows.
+        tokens_per_sequence: length of a calibration window.
+    """
+    dense = weight.detach().float()
+    mean = stats.mean
+    contribution = dense * (mean * tokens_per_sequence)
+    size = dense.abs()
+    relative = relative_importance(weight) if reweight != "none" else size
+    grow = dense.sign() * (relative if reweight in ("grow", "both") else size) * mean
+    grow /= stats.variance.clamp_min(1e-12) ** variance_power
+    prune = (relative if reweight in ("prune", "both") else size) * stats.rms**exponent
+    if gamma_prune:
+        prune = prune + gamma_prune * size**norm
+    bonus = gamma_grow * size**norm if gamma_grow else None
+    keep = keep.clone()
+    # An unchanging weight is no swap: a zero weight or a dead input would be moved for nothing, and for ever.
+    free = contribution != 0
+    error = contribution.masked_fill(keep, 0).sum(dim=1, dtype=torch.float64)
+    active = (error.abs() > threshold).nonzero().squeeze(1)
+    for done in range(n_iter):
+        if not len(active):
+            return keep, done, "converged"
+        on, movable, sign = keep[active], free[active], error[active].sign().float().unsqueeze(1)
+        gain = grow[active] * sign
+        if bonus is not None:
+            gain += bonus[active]
+        gain.masked_fill_(on | ~movable, -torch.inf)
+        best, i = gain.max(dim=1)
+        candidates = on & movable & (contribution[active] * sign < 0)
+        if isinstance(pattern, NofM):
+            candidates &= torch.arange(dense.shape[1], device=dense.device) // pattern.m == (i // pattern.m).unsqueeze(
+                1
+            )
+        least, j = prune[active].masked_fill(~candidates, torch.inf).min(dim=1)
+        row = active
+        after = error[row] - contribution[row, i].double() + contribution[row, j].double()
+        found = torch.isfinite(best) & torch.isfinite(least)
+        if safe:
+            found &= after.abs() < error[row].abs()
+        if isinstance(pattern, NofM):
+            # Without a partner in its group a candidate is passed over, and the row goes on to its next.
+            free[row[~found], i[~found]] = False
+            going_on = found | torch.isfinite(best)
+        else:
+            going_on = found
+        row, i, j = row[found], i[found], j[found]
+        keep[row, i], keep[row, j] = True, False
+        free[row, i] = free[row, j] = False
+        error[row] = after[found]
+        active = active[going_on]
+        active = active[error[active].abs() > threshold]
+    return keep, n_iter, "converged" if not len(active) else "max_iter"

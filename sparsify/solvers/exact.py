@@ -1,0 +1,75 @@
+"""The optimum for a given mask by one Cholesky factorisation a row: MRP's "all unpruned weights are free".
+
+Zhang et al., "Pruning Foundation Models for High Accuracy without Retraining", Findings of EMNLP 2024,
+arXiv 2410.15567, eq. 11 to 13, in the equivalent form of normal equations on the kept weights.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify.errors import NumericsError
+from sparsify.solvers.quadratic import Gram, Solution
+from sparsify.solvers.refit import refit
+
+# Bytes of batched systems held at once.
+BUDGET = 1 << 28
+
+
+def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int = BUDGET) -> Solution:
+    """V_K = (G_KK)⁻¹ (W G)_K for every row, K its kept inputs; zero elsewhere.
+
+    No other weights on this mask have a lower objective for the damped G. Costs Σ_rows |K|³/3 multiplications.
+
+    Args:
+        weight: [out, in], dense.
+        gram: inputs, with damping.
+        keep: [out, in] bool; rows may keep different numbers.
+        budget: bytes for the batched systems. Where a single row's does not fit, conjugate gradients take over
+            (``refit``, run to 1e-7), and the status says so.
+
+    Raises:
+        NumericsError: a row's system is singular in spite of damping.
+    """
+    most = int(keep.sum(dim=1).max()) if keep.numel() else 0
+    if most == 0:
+        return Solution(torch.zeros(weight.shape, device=weight.device), keep)
+    if 8 * most * most > budget:
+        solution = refit(weight, gram, keep, n_iter=500, tolerance=1e-7)
+        return Solution(
+            solution.weight, keep, solution.n_iter, f"fallback to conjugate gradients for memory: {solution.status}"
+        )
+    dense = gram.live(weight)
+    target = dense @ gram.damped
+    result = torch.zeros_like(dense)
+    rows = max(budget // (8 * most * most), 1)
+    for start in range(0, len(dense), rows):
+        part = slice(start, start + rows)
+        index, valid = _kept(keep[part], most)
+        right = target[part].gather(1, index).mul_(valid).unsqueeze(2)
+        system = _system(gram.damped, index, valid)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if bool(info.any()):
+            factor, info = torch.linalg.cholesky_ex(_system(gram.damped, index, valid).double())
+            if bool(info.any()):
+                row = start + int(info.nonzero()[0])
+                raise NumericsError(f"row {row}: the system of its kept weights is singular; raise damping")
+        solved = torch.cholesky_solve(right.to(factor.dtype), factor).squeeze(2).float()
+        result[part].scatter_add_(1, index, solved.mul_(valid))
+    return Solution(result, keep)
+
+
+def _kept(keep: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kept columns of each row, [rows, most], and which of these are real; shorter rows are filled up."""
+    # Kept columns first, in order; sorting booleans stably does that.
+    index = (~keep).byte().argsort(dim=1, stable=True)[:, :most]
+    return index, keep.gather(1, index)
+
+
+def _system(gram: torch.Tensor, index: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """G_KK of each row, [rows, most, most], with identity where a row has fewer kept weights."""
+    system = gram[index.unsqueeze(2), index.unsqueeze(1)]
+    system *= valid.unsqueeze(1)
+    system *= valid.unsqueeze(2)
+    system.diagonal(dim1=1, dim2=2).add_(~valid)
+    return system

@@ -1,0 +1,64 @@
+"""Least squares on a given mask: the best weights that the mask allows, from the dense weights.
+
+For row i with kept set K the optimum is V_K = (G_KK)⁻¹ (W G)_K (normal equations). It is exact for the damped G, so it
+is never worse on that objective than any other method's weights on the same mask.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify.solvers.quadratic import Gram, Solution
+
+
+def refit(
+    weight: torch.Tensor,
+    gram: Gram,
+    keep: torch.Tensor,
+    *,
+    start: torch.Tensor | None = None,
+    n_iter: int = 32,
+    tolerance: float = 1e-4,
+) -> Solution:
+    """Minimise the layer objective over V with support ``keep``, by conjugate gradients on all rows at once.
+
+    The step is projected onto the mask and preconditioned by diag(G); every row has its own step length, and a row
+    whose residual has fallen by ``tolerance`` stops. One product with G an iteration, no memory beyond a few copies of
+    the weight; the objective falls in every iteration, so it can be ended early.
+
+    Args:
+        weight: [out, in], the dense weight W.
+        gram: inputs, with damping.
+        keep: [out, in] bool.
+        start: [out, in], where to begin; ``weight`` on the mask by default.
+        n_iter: the most iterations.
+        tolerance: on the norm of the preconditioned residual of a row, relative to its first.
+
+    Returns:
+        the solution; status ``max_iter`` where a row has not reached ``tolerance``.
+    """
+    g = gram.damped
+    dense = gram.live(weight)
+    solution = (dense if start is None else start.float()).masked_fill(~keep, 0)
+    inverse = keep / g.diagonal()
+    residual = ((dense - solution) @ g).mul_(keep)
+    z = residual * inverse
+    direction = z.clone()
+    rho = (residual * z).sum(dim=1, keepdim=True, dtype=torch.float64)
+    target = rho * tolerance**2
+    done = 0
+    for done in range(1, n_iter + 1):  # noqa: B007
+        moved = direction @ g
+        curvature = (direction * moved).sum(dim=1, keepdim=True, dtype=torch.float64)
+        step = torch.where((rho > target) & (curvature > 0), rho / curvature.clamp_min(1e-300), 0.0)
+        if not bool(step.any()):
+            break
+        step = step.float()
+        solution.addcmul_(direction, step)
+        residual.addcmul_(moved.mul_(keep), step, value=-1)
+        torch.mul(residual, inverse, out=z)
+        new = (residual * z).sum(dim=1, keepdim=True, dtype=torch.float64)
+        direction.mul_((new / rho.clamp_min(1e-300)).float()).add_(z)
+        rho = torch.where(step > 0, new, rho)
+    status = "converged" if bool((rho <= target).all()) else "max_iter"
+    return Solution(solution, keep, done, status)
