@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import zlib
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
 
 import torch
 from torch import nn
 
+from sparsify.couplings import Coupling, couplings, fold_attention, fold_mlp
 from sparsify.errors import ModelError, NumericsError
 from sparsify.hidden import Calls, HiddenFile
-from sparsify.layer import prune_layer
+from sparsify.layer import Outcome, prune_layer
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
+from sparsify.permute import inverse, search
 from sparsify.progress import Progress
+from sparsify.scores import SCORES
 from sparsify.solvers.quadratic import Gram, relative_error, retarget
 from sparsify.stats import InputStats, Wanted
 from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
@@ -84,15 +89,18 @@ class BlockPruner:
 
     def prune(
         self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams | None
-    ) -> list[PrunedLinear]:
-        """Prune ``specs`` of ``block`` in place; one record each, in their order.
+    ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
+        """Prune ``specs`` of ``block`` in place.
+
+        Returns:
+            one record each, in their order; and the order of inputs [in] of those that were reordered.
 
         Raises:
             ModelError: a linear that is never called.
             NumericsError: NaN or Inf in activations, or a Gram matrix that stays singular.
         """
         if streams is None:
-            return [self._prune_linear(spec, None, None) for spec in specs]
+            return [self._prune_linear(spec, None, None) for spec in specs], {}
         # Dense weights are needed beside the pruned ones as long as later groups are compared with them.
         reference = deepcopy(block) if self.plan.targets != "own" else None
         places: dict[str, str] = {}
@@ -107,14 +115,22 @@ class BlockPruner:
                     "its targets are those of dense"
                 )
         rows: dict[str, PrunedLinear] = {}
+        orders: dict[str, torch.Tensor] = {}
         for group in self._groups(block, index, specs, streams):
             stats = self._collect(block, reference, index, group, streams, places)
             grams: dict[int, Gram] = {}
+            permuted = self._reorder(index, group, stats, grams)
             for spec in group:
-                entry = stats[spec.name]
-                rows[spec.name] = self._prune_linear(spec, entry, self._gram(entry, grams, spec))
+                entry, gram = stats[spec.name], self._gram(stats[spec.name], grams, spec)
+                inside, kind = None, "no"
+                if spec.name in permuted:
+                    order, kind = permuted[spec.name]
+                    orders[spec.name] = order.cpu()
+                    # Folded, the linear has that order already.
+                    inside = order if kind == "recorded" else None
+                rows[spec.name] = replace(self._prune_linear(spec, entry, gram, inside), permuted=kind)
                 self.progress.advance()
-        return [rows[spec.name] for spec in specs]
+        return [rows[spec.name] for spec in specs], orders
 
     def _tell(self, notice: str) -> None:
         if notice not in self._told:
@@ -215,16 +231,99 @@ class BlockPruner:
             made[id(stats)] = Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
         return made[id(stats)]
 
+    # --- the order of inputs ---------------------------------------------------------------------------------------
+
+    def _reorder(
+        self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats], grams: dict[int, Gram]
+    ) -> dict[str, tuple[torch.Tensor, str]]:
+        """Seek an order of the inputs of each linear with N:M; fold it where that is wanted and possible.
+
+        ``stats`` of a linear whose order was folded are replaced by those of the reordered inputs.
+
+        Returns:
+            linear name -> (perm, ``folded`` or ``recorded``).
+        """
+        plan = self.plan
+        grouped = [spec for spec in specs if isinstance(self.patterns[spec.name], NofM)]
+        if plan.permute == "none" or not grouped:
+            return {}
+        scores = {spec.name: self._salience(spec, stats[spec.name], grams) for spec in grouped}
+        folds = {} if plan.permute == "simulate" else couplings(self.skeleton, index)
+        found: dict[str, tuple[torch.Tensor, str]] = {}
+        for spec in grouped:
+            if spec.name not in folds:
+                continue
+            perm = self._fold(folds[spec.name], scores.pop(spec.name))
+            if perm is not None:
+                found[spec.name] = perm, "folded"
+                stats[spec.name] = stats[spec.name].permuted(perm)
+        if plan.permute in ("gather", "simulate"):
+            # One order per input, so that one gather serves all that read it; or one each, as the paper evaluates it.
+            shared: dict[Any, list[LinearSpec]] = {}
+            for spec in grouped:
+                if spec.name in scores:
+                    key = (id(stats[spec.name]), self.patterns[spec.name]) if plan.permute == "gather" else spec.name
+                    shared.setdefault(key, []).append(spec)
+            for members in shared.values():
+                perm = self._search(torch.cat([scores[spec.name] for spec in members]), members[0])
+                found |= {spec.name: (perm, "recorded") for spec in members}
+        return found
+
+    def _salience(self, spec: LinearSpec, stats: InputStats, grams: dict[int, Gram]) -> torch.Tensor:
+        """[out, in], what each weight is worth: the plan's score, or for a solver's own mask w² / [G⁻¹]_jj (OBS)."""
+        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
+        gram = self._gram(stats, grams, spec)
+        aim, _ = self._target(spec, weight, stats, gram)
+        if self.plan.score != "own":
+            return SCORES[self.plan.score](aim, stats, self.plan, self._seed(spec))
+        assert gram is not None
+        return aim.square() / gram.inverse.diagonal().float()
+
+    def _search(self, score: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
+        pattern = self.patterns[spec.name]
+        assert isinstance(pattern, NofM)
+        found = search(
+            score,
+            pattern,
+            n_sweeps=self.plan.setting("permute.sweeps"),
+            n_parts=gcd(self.plan.setting("permute.parts"), score.shape[1] // pattern.m),
+            seed=self.seed,
+        )
+        return found.perm
+
+    def _fold(self, coupling: Coupling, score: torch.Tensor) -> torch.Tensor | None:
+        spec, heads, model = coupling.consumer, coupling.heads, self.skeleton.model
+        if heads is None:
+            perm = self._search(score, spec)
+            fold_mlp(model, coupling, perm)
+            return perm
+        pattern = self.patterns[spec.name]
+        assert isinstance(pattern, NofM)
+        if heads.head_dim % pattern.m:
+            self._tell(
+                f"{spec.name}: heads of {heads.head_dim} are no multiple of {pattern.m}; its inputs stay in order"
+            )
+            return None
+        # Query heads that read one key-value head share its order. Groups lie within heads, so moving whole heads would
+        # change no group.
+        by_key = score.reshape(len(score), heads.n_key, -1, heads.head_dim)
+        within = [
+            self._search(by_key[:, key].transpose(0, 1).reshape(-1, heads.head_dim), spec) for key in range(heads.n_key)
+        ]
+        return fold_attention(model, coupling, within).to(score.device)
+
     # --- one linear ------------------------------------------------------------------------------------------------
 
-    def _prune_linear(self, spec: LinearSpec, stats: InputStats | None, gram: Gram | None) -> PrunedLinear:
+    def _prune_linear(
+        self, spec: LinearSpec, stats: InputStats | None, gram: Gram | None, perm: torch.Tensor | None = None
+    ) -> PrunedLinear:
         pattern = self.patterns[spec.name]
         weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
         # A copy: the weight is overwritten before the two are compared.
         dense = weight.to(torch.float32, copy=True)
         try:
             aim, aimed = self._target(spec, dense, stats, gram)
-            outcome = prune_layer(aim, stats, gram, pattern, self.plan, seed=self._seed(spec), length=self.length)
+            outcome = self._solve(spec, aim, stats, gram, perm)
         except NumericsError as error:
             raise NumericsError(f"{spec.name}: {error}") from None
         weight.copy_(outcome.weight.to(self.dtypes.get(spec.parameter, weight.dtype)))
@@ -245,6 +344,29 @@ class BlockPruner:
             n_iter=outcome.n_iter,
             status=status,
         )
+
+    def _solve(
+        self,
+        spec: LinearSpec,
+        aim: torch.Tensor,
+        stats: InputStats | None,
+        gram: Gram | None,
+        perm: torch.Tensor | None,
+    ) -> Outcome:
+        """The outcome in the model's order of inputs, with the pattern in that of ``perm``."""
+        seed = self._seed(spec)
+        if perm is None or stats is None:
+            return prune_layer(aim, stats, gram, self.patterns[spec.name], self.plan, seed=seed, length=self.length)
+        outcome = prune_layer(
+            aim[:, perm],
+            stats.permuted(perm),
+            None if gram is None else gram.permuted(perm),
+            self.patterns[spec.name],
+            self.plan,
+            seed=seed,
+            length=self.length,
+        )
+        return replace(outcome, weight=outcome.weight[:, inverse(perm)])
 
     def _target(
         self, spec: LinearSpec, dense: torch.Tensor, stats: InputStats | None, gram: Gram | None

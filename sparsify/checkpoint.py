@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from sparsify.errors import ModelError
 from sparsify.files import read_json, write_atomic, write_json, writing
@@ -175,6 +175,35 @@ def write_index(folder: Path, shards: Mapping[str, Mapping[str, int]]) -> None:
         folder / INDEX,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def write_permutations(path: Path, orders: Mapping[str, torch.Tensor]) -> None:
+    """Write orders of inputs by linear name, in the format of safetensors; int32, perm [in].
+
+    Raises:
+        OutputError: disk full, not writable.
+    """
+    write_shard(path, {name: perm.int() for name, perm in orders.items()})
+
+
+def read_permutations(path: Path) -> dict[str, torch.Tensor]:
+    """What ``write_permutations`` wrote; int64, each a permutation.
+
+    Raises:
+        ModelError: missing, truncated, or an entry that is not a permutation.
+    """
+    try:
+        orders = load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: not readable ({error}); prune again") from None
+    for name, perm in orders.items():
+        if (
+            perm.dtype != torch.int32
+            or perm.dim() != 1
+            or not torch.equal(perm.sort().values, torch.arange(len(perm), dtype=torch.int32))
+        ):
+            raise ModelError(f"{path}: entry {name} is not a permutation; prune again")
+    return {name: perm.long() for name, perm in orders.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

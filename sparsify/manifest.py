@@ -18,6 +18,8 @@ from sparsify.types import PrunedLinear
 
 NAME = "sparsify.json"
 RUN = "run.json"
+# Not called .safetensors: loaders that read every such file in a folder would take it for weights.
+PERMUTATIONS = "sparsify.perm"
 FORMAT = 1
 
 

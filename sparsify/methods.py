@@ -315,7 +315,7 @@ def _check_combination(plan: Method) -> None:
         )
     if plan.targets != "own" and plan.solver == "none" and plan.refit == "none":
         raise UsageError(
-            f"targets {plan.targets} without solver and refit: weights stay, so targets do not matter; add --set refit=cg"
+            f"targets {plan.targets} without solver and refit: weights stay, whatever the targets; add --set refit=cg"
         )
     if plan.targets == "stream" and plan.stream == "dense":
         raise UsageError(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsify import manifest
 from sparsify.bench.report import render_markdown
 from sparsify.data import Windows, load_windows
 from sparsify.errors import UsageError, VerificationError
-from sparsify.files import folder_bytes, staging_folder, stamps, write_json, write_text
+from sparsify.files import folder_bytes, staging_folder, stamps, write_atomic, write_json, write_text
 from sparsify.memory import peak_memory_bytes
 from sparsify.progress import Progress, Silent
 from sparsify.prune import prune
@@ -78,6 +79,10 @@ def export(
     with staging_folder(out, {"command": "export"}, overwrite=overwrite, inputs=[checkpoint]) as staging:
         progress.stage(f"exporting {target}", 1)
         extra = write(checkpoint, staging.path, body, trust_remote_code)
+        if (checkpoint / manifest.PERMUTATIONS).exists():
+            write_atomic(
+                staging.path / manifest.PERMUTATIONS, partial(shutil.copyfile, checkpoint / manifest.PERMUTATIONS)
+            )
         progress.advance()
         body = {
             **{key: value for key, value in body.items() if key not in ("format", "files", "onnx")},

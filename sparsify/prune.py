@@ -17,7 +17,16 @@ import torch
 
 from sparsify import manifest
 from sparsify.block import BlockPruner, Streams
-from sparsify.checkpoint import FLOATS, CheckpointReader, copy_side_files, portable_config, write_index, write_shard
+from sparsify.checkpoint import (
+    FLOATS,
+    CheckpointReader,
+    copy_side_files,
+    portable_config,
+    read_permutations,
+    write_index,
+    write_permutations,
+    write_shard,
+)
 from sparsify.data import Windows, load_windows
 from sparsify.errors import UsageError
 from sparsify.files import Staging, sha256_file, staging_folder, stamps, write_json
@@ -33,6 +42,8 @@ from sparsify.types import LinearSpec, Pattern, PrunedLinear
 # Hidden states, in pairs of files that swap roles from block to block.
 _PRUNED = ("hidden.0", "hidden.1")
 _DENSE = ("dense.0", "dense.1")
+# Orders of inputs found in a block, until they are put into one file.
+_ORDERS = "orders.{}"
 _SHARD = "model-{:05d}-of-{:05d}.safetensors"
 # Tensors outside the blocks (embeddings, head) are copied in shards of at most this size, the bound on that step's
 # memory; a larger single tensor has a shard to itself.
@@ -229,7 +240,9 @@ class _Run:
             entering = streams.turned(index) if streams is not None else None
             if ahead and entering is not None and entering.dense is not None:
                 hidden.append(self._write_hidden(block, index, entering, entering.dense))
-            rows = pruner.prune(block, index, specs, entering) if specs else []
+            rows, orders = pruner.prune(block, index, specs, entering) if specs else ([], {})
+            if orders:
+                write_permutations(self.folder / _ORDERS.format(index), orders)
             write_shard(self.folder / shard, self.binding.stored_form(index))
             if ahead and entering is not None and plan.stream == "pruned":
                 hidden.append(self._write_hidden(block, index, entering, entering.pruned))
@@ -312,6 +325,7 @@ class _Run:
         copy_side_files(self.source.folder, staging)
         for name in (*_PRUNED, *_DENSE, *(path.name for path in staging.glob("*.tmp"))):
             (staging / name).unlink(missing_ok=True)
+        self._join_orders()
         linears = [
             PrunedLinear(**{**row, "shape": tuple(row["shape"])})
             for block in self.state["blocks"]
@@ -327,6 +341,16 @@ class _Run:
         }
         write_json(staging / manifest.RUN, run)
         manifest.write(staging, body)
+
+    def _join_orders(self) -> None:
+        """Put the orders of inputs that blocks left into ``sparsify.perm``, int32 [in] by linear name."""
+        parts = [self.folder / _ORDERS.format(index) for index in range(self.skeleton.n_blocks)]
+        parts = [path for path in parts if path.exists()]
+        orders = {name: perm for path in parts for name, perm in read_permutations(path).items()}
+        if orders:
+            write_permutations(self.folder / manifest.PERMUTATIONS, orders)
+        for path in parts:
+            path.unlink()
 
     def _manifest_body(self, linears: list[PrunedLinear]) -> dict[str, Any]:
         reader = self.binding.reader

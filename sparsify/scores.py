@@ -131,13 +131,14 @@ def output_norms(weight: torch.Tensor, stats: InputStats) -> torch.Tensor:
     if stats.gram is None:
         raise ValueError("output norms need the Gram matrix")
     energy = (weight.float() @ stats.gram).mul_(weight).sum(dim=1)
-    norms: torch.Tensor = (energy / max(stats.n_tokens, 1)).clamp_min(0).sqrt()
+    norms: torch.Tensor
+    norms = (energy / max(stats.n_tokens, 1)).clamp_min(0).sqrt()
     return norms
 
 
 def _lp(size: torch.Tensor, p: float, strategy: int) -> torch.Tensor:
-    columns = torch.linalg.vector_norm(size, ord=p, dim=0, keepdim=True)
-    rows = torch.linalg.vector_norm(size, ord=p, dim=1, keepdim=True)
+    columns: torch.Tensor = torch.linalg.vector_norm(size, ord=p, dim=0, keepdim=True)
+    rows: torch.Tensor = torch.linalg.vector_norm(size, ord=p, dim=1, keepdim=True)
     if strategy == 1:
         return size * (_reciprocal(columns) + _reciprocal(rows))
     if strategy == 2:

@@ -58,6 +58,17 @@ class InputStats:
             return torch.ones_like(self.sq_norm)
         return (self.sq_norm / self.n_tokens - self.mean.square()).clamp_min(0)
 
+    def permuted(self, perm: torch.Tensor) -> InputStats:
+        """The sums of the inputs in the order ``perm``, in the dense model too."""
+        return InputStats(
+            self.sq_norm[perm],
+            self.n_tokens,
+            None if self.total is None else self.total[perm],
+            None if self.gram is None else self.gram[perm][:, perm],
+            None if self.cross is None else self.cross[perm][:, perm],
+            None if self.shift is None else self.shift[:, perm],
+        )
+
 
 @dataclass(frozen=True)
 class Wanted:

@@ -162,6 +162,8 @@ class PrunedLinear:
         objective: the same for the weights that were written, up to their rounding.
         n_iter: iterations of solver and mask refinement.
         status: ``exact``, ``converged``, ``max_iter``, or a sentence about the fallback that was used.
+        permuted: ``no``; ``folded`` (inputs were reordered and the neighbouring weights follow); ``recorded`` (weights
+            are in the model's order, and the pattern holds in the order of ``sparsify.perm``).
     """
 
     name: str
@@ -176,3 +178,4 @@ class PrunedLinear:
     objective: float | None = None
     n_iter: int = 0
     status: str = "exact"
+    permuted: str = "no"

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sparsify import manifest
+from sparsify.checkpoint import read_permutations
 from sparsify.errors import SparsifyError, UsageError, VerificationError
 from sparsify.masks import satisfies
 from sparsify.naming import linear_weights
@@ -35,11 +36,17 @@ def verify(
     onnx = body["kind"] == "onnx"
     weights = _onnx_linears(folder, body) if onnx else _checkpoint_linears(folder, trust_remote_code)
     rows = {row["name"]: row for row in body["linears"]}
+    orders: dict[str, torch.Tensor] = {}
+    if any(row.get("permuted") == "recorded" for row in body["linears"]):
+        try:
+            orders = read_permutations(folder / manifest.PERMUTATIONS)
+        except SparsifyError as error:
+            return body, [str(error)]
     progress.stage("verifying", len(rows))
     try:
         for name, weight in weights:
             if name in rows:
-                _compare(rows.pop(name), weight, problems)
+                _compare(rows.pop(name), weight, orders.get(name), problems)
                 progress.advance()
     except SparsifyError as error:
         problems.append(str(error))
@@ -71,7 +78,7 @@ def _onnx_linears(folder: Path, body: dict[str, Any]) -> Iterator[tuple[str, tor
         yield name, torch.from_numpy(np.array(weights.weight(location)))
 
 
-def _compare(row: dict[str, Any], weight: torch.Tensor, problems: list[str]) -> None:
+def _compare(row: dict[str, Any], weight: torch.Tensor, order: torch.Tensor | None, problems: list[str]) -> None:
     name = row["name"]
     if list(weight.shape) != row["shape"]:
         problems.append(f"{name}: has shape {list(weight.shape)}, the manifest says {row['shape']}")
@@ -85,5 +92,10 @@ def _compare(row: dict[str, Any], weight: torch.Tensor, problems: list[str]) -> 
     except UsageError as error:
         problems.append(str(error))
         return
+    if row.get("permuted") == "recorded":
+        if order is None or len(order) != weight.shape[1]:
+            problems.append(f"{name}: its order of inputs is missing from {manifest.PERMUTATIONS}")
+            return
+        weight = weight[:, order]
     if not satisfies(weight, pattern):
         problems.append(f"{name}: its zeros do not form the pattern {row['pattern']}")

@@ -1,0 +1,170 @@
+"""Which reorderings of a linear's inputs the neighbouring weights can take over, and taking them over.
+
+The inputs of an MLP's last linear are the outputs of its first ones, through an elementwise activation: their rows
+follow any order. The inputs of attention's last linear are values that attention mixes over tokens and not over
+channels: the rows of v follow an order within a head, the same for every query head that reads that key-value head,
+and whole heads may move together with their queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsify.errors import UsageError
+from sparsify.model import FAMILIES, Skeleton, weight_view
+from sparsify.types import LinearSpec
+
+# Last linear of an MLP -> those whose outputs, activated and multiplied, are its inputs; names below the same module.
+_MLP = {
+    "down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)),
+    "fc2": (("fc1",),),
+    "c_proj": (("c_fc",),),
+    "dense_4h_to_h": (("dense_h_to_4h",),),
+}
+_ATTENTION_OUT = ("o_proj", "out_proj", "dense")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention layer: ``query`` and ``key`` linears, counts, and whether whole heads may move."""
+
+    query: LinearSpec
+    key: LinearSpec
+    n_query: int
+    n_key: int
+    head_dim: int
+    movable: bool
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """A linear whose input order its ``producers`` can follow.
+
+    Attributes:
+        consumer: the linear.
+        producers: linears and the first row of theirs that delivers its inputs (a fused gate and up deliver twice).
+        heads: for attention, where orders are restricted; None where any order will do.
+    """
+
+    consumer: LinearSpec
+    producers: tuple[tuple[LinearSpec, int], ...]
+    heads: Heads | None = None
+
+
+def couplings(skeleton: Skeleton, index: int) -> dict[str, Coupling]:
+    """The couplings of a block, by name of the consumer; none for architectures that are not in the table."""
+    if skeleton.config["model_type"] not in FAMILIES:
+        return {}
+    specs = {spec.name: spec for spec in skeleton.linears[index]}
+    found = {}
+    for name, spec in specs.items():
+        stem, _, leaf = name.rpartition(".")
+        for leaves in _MLP.get(leaf, ()):
+            producers = [specs.get(f"{stem}.{producer}") for producer in leaves]
+            if all(producer is not None for producer in producers):
+                entries = [(p, start) for p in producers if p for start in range(0, p.out_features, spec.in_features)]
+                if len(entries) == max(len(leaves), 2 if leaves == ("gate_up_proj",) else 1):
+                    found[name] = Coupling(spec, tuple(entries))
+        if leaf in _ATTENTION_OUT:
+            heads = _heads(skeleton, stem, specs, spec)
+            if heads is not None:
+                found[name] = Coupling(spec, ((specs[f"{stem}.v_proj"], 0),), heads)
+    return found
+
+
+def _heads(skeleton: Skeleton, stem: str, specs: dict[str, LinearSpec], out: LinearSpec) -> Heads | None:
+    query, key, value = (specs.get(f"{stem}.{leaf}_proj") for leaf in "qkv")
+    if query is None or key is None or value is None:
+        return None
+    config = skeleton.text_config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_query, n_key = out.in_features // head_dim, value.out_features // head_dim
+    fits = out.in_features == n_query * head_dim and query.out_features == out.in_features
+    if not fits or key.out_features != value.out_features or n_key == 0 or n_query % n_key:
+        return None
+    own = {f"{stem}.{leaf}.{kind}" for leaf in ("q_proj", "k_proj", "v_proj") for kind in ("weight", "bias")}
+    own |= {f"{out.name}.{kind}" for kind in ("weight", "bias")}
+    others = {
+        name: tuple(parameter.shape)
+        for name, parameter in skeleton.model.named_parameters()
+        if name.startswith(f"{stem}.") and name not in own
+    }
+    if any("v_norm" in name for name in others):
+        return None
+    # A norm over all heads, or a parameter per head, would have to move too; norms within a head are the same for all.
+    movable = all(shape == (head_dim,) for shape in others.values())
+    return Heads(query, key, n_query, n_key, head_dim, movable)
+
+
+def fold_mlp(model: Any, coupling: Coupling, perm: torch.Tensor) -> None:
+    """Reorder the inputs of an MLP's last linear by ``perm`` [in] and the outputs of those before it; in place.
+
+    The model computes what it did, up to the order of sums.
+    """
+    _permute_columns(model, coupling.consumer, perm)
+    for producer, start in coupling.producers:
+        _permute_rows(model, producer, perm, start)
+
+
+def fold_attention(
+    model: Any,
+    coupling: Coupling,
+    within: Sequence[torch.Tensor],
+    key_order: Sequence[int] | None = None,
+    query_order: Sequence[Sequence[int]] | None = None,
+) -> torch.Tensor:
+    """Reorder the inputs of attention's last linear and everything that has to follow; in place.
+
+    Args:
+        model: the model or skeleton with the block's weights loaded.
+        coupling: of the linear.
+        within: for each key-value head an order [head_dim] of its channels, which all query heads that read it share.
+        key_order: order of the key-value heads; query heads go with theirs.
+        query_order: for each key-value head (as it was) an order of the query heads that read it.
+
+    Returns:
+        perm [in] of the linear's inputs.
+
+    Raises:
+        UsageError: whole heads are to move in an attention layer with parameters that would not follow.
+    """
+    heads = coupling.heads
+    assert heads is not None
+    repeat, size = heads.n_query // heads.n_key, heads.head_dim
+    keys = list(key_order) if key_order is not None else list(range(heads.n_key))
+    queries = [list(order) for order in query_order] if query_order is not None else [list(range(repeat))] * heads.n_key
+    moves = keys != sorted(keys) or any(order != sorted(order) for order in queries)
+    if moves and not heads.movable:
+        raise UsageError(f"{coupling.consumer.name}: whole heads cannot move, its norms belong to single heads")
+    order = [key * repeat + query for key in keys for query in queries[key]]
+    channels = torch.arange(heads.n_query * size).reshape(heads.n_query, size)
+    perm = torch.cat([channels[head][within[head // repeat].cpu()] for head in order])
+    of_keys = torch.arange(heads.n_key * size).reshape(heads.n_key, size)
+    values = torch.cat([of_keys[key][within[key].cpu()] for key in keys])
+    _permute_columns(model, coupling.consumer, perm)
+    for producer, start in coupling.producers:
+        _permute_rows(model, producer, values, start)
+    if moves:
+        # Queries and keys move by whole heads only: rotary embeddings pair channels within one.
+        _permute_rows(model, heads.query, channels[order].reshape(-1), 0)
+        _permute_rows(model, heads.key, of_keys[keys].reshape(-1), 0)
+    return perm
+
+
+def _permute_columns(model: Any, spec: LinearSpec, perm: torch.Tensor) -> None:
+    weight = weight_view(model.get_parameter(spec.parameter), spec)
+    weight.copy_(weight[:, perm.to(weight.device)])
+
+
+def _permute_rows(model: Any, spec: LinearSpec, perm: torch.Tensor, start: int) -> None:
+    weight = weight_view(model.get_parameter(spec.parameter), spec)[start : start + len(perm)]
+    weight.copy_(weight[perm.to(weight.device)])
+    if spec.expert is None:
+        bias = getattr(model.get_submodule(spec.parameter.rpartition(".")[0]), "bias", None)
+        if bias is not None:
+            part = bias.data[start : start + len(perm)]
+            part.copy_(part[perm.to(part.device)])
