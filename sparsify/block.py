@@ -102,17 +102,17 @@ class BlockPruner:
         if streams is None:
             return [self._prune_linear(spec, None, None) for spec in specs], {}
         # Dense weights are needed beside the pruned ones as long as later groups are compared with them.
-        reference = deepcopy(block) if self.plan.targets != "own" else None
+        reference = deepcopy(block) if self.plan.aim != "own" else None
         places: dict[str, str] = {}
-        if self.plan.targets == "stream":
+        if self.plan.aim == "residual":
             first = next(streams.pruned[0].windows(self.device))
             places = stream_places(
                 block, self.skeleton.prefix(index), specs, lambda: streams.calls.run(block, index, first)
             )
             if not places:
                 self._tell(
-                    "targets stream: this architecture adds no linear's output to the residual stream as it is; "
-                    "its targets are those of dense"
+                    "aim residual: this architecture adds no linear's output to the residual stream as it is; "
+                    "its aim is dense"
                 )
         rows: dict[str, PrunedLinear] = {}
         orders: dict[str, torch.Tensor] = {}
@@ -166,9 +166,7 @@ class BlockPruner:
         streams: Streams,
         places: dict[str, str],
     ) -> dict[str, InputStats]:
-        wanted = Wanted(
-            self.plan.needs_mean, self.plan.needs_gram, self.plan.targets != "own", self.plan.targets == "stream"
-        )
+        wanted = Wanted(self.plan.needs_mean, self.plan.needs_gram, self.plan.aim != "own", self.plan.aim == "residual")
         prefix = self.skeleton.prefix(index)
         run = streams.calls.run
         places = {spec.parameter: places[spec.parameter] for spec in specs if spec.parameter in places}
@@ -338,7 +336,7 @@ class BlockPruner:
             zeros=int((weight == 0).sum()),
             relative_error=_relative_error(dense, weight, stats, gram),
             n_tokens=stats.n_tokens if stats is not None else 0,
-            target=aimed,
+            aim=aimed,
             objective_before=outcome.objective_before,
             objective=outcome.objective,
             n_iter=outcome.n_iter,
@@ -372,18 +370,18 @@ class BlockPruner:
         self, spec: LinearSpec, dense: torch.Tensor, stats: InputStats | None, gram: Gram | None
     ) -> tuple[torch.Tensor, str]:
         """What the linear should compute, [out, in] float32, and which targets that are."""
-        if self.plan.targets == "own" or stats is None or gram is None or stats.cross is None or stats.n_tokens == 0:
+        if self.plan.aim == "own" or stats is None or gram is None or stats.cross is None or stats.n_tokens == 0:
             return dense, "own"
         shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == spec.out_features else None
         target = retarget(
             dense,
             gram,
             stats.cross,
-            self.plan.setting("targets.share"),
+            self.plan.setting("aim.share"),
             shift,
-            self.plan.setting("stream.share") if self.plan.targets == "stream" else 0.0,
+            self.plan.setting("aim.residual_share") if self.plan.aim == "residual" else 0.0,
         )
-        return target, "dense" if shift is None else "stream"
+        return target, "dense" if shift is None else "residual"
 
     def _seed(self, spec: LinearSpec) -> int:
         # By name: the same draw whatever else is pruned, and in whatever order.

@@ -29,7 +29,7 @@ PARTS: dict[str, dict[str, str]] = {
     "permute": {
         "none": "inputs stay in order",
         "fold": "reorder inputs where neighbouring weights can take the order over, at no cost at run time",
-        "stream": "fold, and one order of the residual stream for the whole model",
+        "residual": "fold, and one order of the residual stream for the whole model",
         "gather": "fold where possible, elsewhere one recorded order per input, a gather at run time",
         "simulate": "one recorded order per linear, as the RIA paper evaluates it; for comparison",
     },
@@ -61,12 +61,12 @@ PARTS: dict[str, dict[str, str]] = {
         "block": "statistics of a block before any of it is pruned",
         "group": "statistics of each group of linears after the earlier ones of its block are pruned",
     },
-    "targets": {
+    "aim": {
         "own": "a linear's output on the inputs it sees",
         "dense": "the dense model's output on the dense model's inputs",
-        "stream": "and, for what is added to the residual stream, the stream's error so far made up for",
+        "residual": "and, for what is added to the residual stream, the stream's error so far made up for",
     },
-    "stream": {
+    "inputs": {
         "pruned": "a block's inputs come from the pruned blocks before it",
         "dense": "a block's inputs come from the dense model, so that blocks are independent",
     },
@@ -133,8 +133,8 @@ SETTINGS: dict[str, Setting] = {
     "admm.iterations": Setting("solver=admm", 20, 1, 10000, "iterations"),
     "alps.iterations": Setting("solver=alps", 300, 1, 10000, "the most iterations"),
     "refit.iterations": Setting("refit=cg", 32, 1, 10000, "the most conjugate gradient steps"),
-    "targets.share": Setting("targets=dense|stream", 1.0, 0, 1, "share of the correction towards dense inputs"),
-    "stream.share": Setting("targets=stream", 1.0, 0, 1, "share of the residual stream's error to make up for"),
+    "aim.share": Setting("aim=dense|residual", 1.0, 0, 1, "share of the correction towards dense inputs"),
+    "aim.residual_share": Setting("aim=residual", 1.0, 0, 1, "share of the residual stream's error to make up for"),
     "owl.outlier": Setting("allocate=owl", 5.0, 1, 1000, "an outlier is this many times the mean"),
     "owl.spread": Setting("allocate=owl", 0.08, 0, 0.5, "greatest deviation from the mean sparsity"),
     "error.spread": Setting("allocate=error", 0.15, 0, 0.5, "greatest deviation from the mean sparsity"),
@@ -173,8 +173,8 @@ class Method:
     refit: str = "none"
     allocate: str = "uniform"
     order: str = "block"
-    targets: str = "own"
-    stream: str = "pruned"
+    aim: str = "own"
+    inputs: str = "pruned"
     settings: Mapping[str, Scalar] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
@@ -242,7 +242,7 @@ METHODS: dict[str, Method] = {
     ),
     "fistapruner": Method(
         "l1 model with accelerated gradients, dense targets, blocks independent", "gram+",
-        "Zhao et al., arXiv 2408.03728", solver="fista", order="group", targets="dense", stream="dense",
+        "Zhao et al., arXiv 2408.03728", solver="fista", order="group", aim="dense", inputs="dense",
     ),
     "admm": Method(
         "alternating directions with growing sparsity", "gram+", "Boža, arXiv 2401.02938", solver="admm"
@@ -276,7 +276,7 @@ def resolve(method: str, parts: Mapping[str, str | None], settings: Mapping[str,
     for name in settings:
         if name not in plan.settings:
             raise UsageError(
-                f"setting {name} has no effect here: it belongs to {SETTINGS[name].part.replace('=', ' ')}"
+                f"setting {name} has no effect here: it belongs to {SETTINGS[name].part}"
             )
     _check_combination(plan)
     return plan
@@ -313,18 +313,16 @@ def _check_combination(plan: Method) -> None:
         raise UsageError(
             f"refine {plan.refine} with solver {plan.solver}: it needs the mask of a score; add --set score=wanda"
         )
-    if plan.targets != "own" and plan.solver == "none" and plan.refit == "none":
+    if plan.aim != "own" and plan.solver == "none" and plan.refit == "none":
+        raise UsageError(f"aim {plan.aim} without solver and refit: weights stay, whatever the aim; add --set refit=cg")
+    if plan.aim == "residual" and plan.inputs == "dense":
         raise UsageError(
-            f"targets {plan.targets} without solver and refit: weights stay, whatever the targets; add --set refit=cg"
-        )
-    if plan.targets == "stream" and plan.stream == "dense":
-        raise UsageError(
-            "targets stream with stream dense: the stream that enters a block has no error; use targets dense"
+            "aim residual with inputs dense: the stream that enters a block has no error; use --set aim=dense"
         )
     if plan.refit != "none" and plan.solver == "mrp" and plan.setting("mrp.free") == "all":
         raise UsageError("refit with solver mrp: mrp.free all is the least squares optimum already; drop --set refit")
-    if plan.targets != "own" and plan.stream == "dense" and plan.order == "block":
+    if plan.aim != "own" and plan.inputs == "dense" and plan.order == "block":
         raise UsageError(
-            f"targets {plan.targets} with stream dense and order block: dense and pruned inputs are the same; "
+            f"aim {plan.aim} with inputs dense and order block: dense and pruned inputs are the same; "
             "use --set order=group"
         )

@@ -244,7 +244,7 @@ class _Run:
             if orders:
                 write_permutations(self.folder / _ORDERS.format(index), orders)
             write_shard(self.folder / shard, self.binding.stored_form(index))
-            if ahead and entering is not None and plan.stream == "pruned":
+            if ahead and entering is not None and plan.inputs == "pruned":
                 hidden.append(self._write_hidden(block, index, entering, entering.pruned))
             self.binding.unload(block)
             return_freed_memory()
@@ -266,9 +266,9 @@ class _Run:
     def _stream_names(self) -> list[tuple[str, str]]:
         """Files of hidden states: of the pruned model, and of the dense one where targets or inputs are dense."""
         plan = self.recipe.plan
-        if plan.stream == "dense":
+        if plan.inputs == "dense":
             return [_DENSE]
-        return [_PRUNED] if plan.targets == "own" else [_PRUNED, _DENSE]
+        return [_PRUNED] if plan.aim == "own" else [_PRUNED, _DENSE]
 
     def _enter(self, done: int) -> Streams | None:
         if self.windows is None:

@@ -24,7 +24,7 @@ class Recipe:
         pattern: ``2:4``, any ``N:M`` (N kept of M), or a sparsity such as ``0.5``.
         method: name in ``METHODS``, which decides every part that is None below.
         group: comparison group for a sparsity: ``layer`` or ``row``.
-        score: and ``permute``, ``refine``, ``solver``, ``refit``, ``allocate``, ``order``, ``targets``, ``stream``:
+        score: and ``permute``, ``refine``, ``solver``, ``refit``, ``allocate``, ``order``, ``aim``, ``inputs``:
             what stands in that part, see ``PARTS``.
         settings: name -> value, see ``SETTINGS``.
         include: globs of linear names to prune; none means all.
@@ -48,8 +48,8 @@ class Recipe:
     refit: str | None = None
     allocate: str | None = None
     order: str | None = None
-    targets: str | None = None
-    stream: str | None = None
+    aim: str | None = None
+    inputs: str | None = None
     settings: dict[str, Scalar] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -156,7 +156,7 @@ class PrunedLinear:
         relative_error: ||X(V - W)ᵀ||² / ||XWᵀ||² over the calibration tokens that reached this linear; where only input
             norms were collected (``objective`` is None) as if inputs were uncorrelated, without data by weights alone.
         n_tokens: calibration tokens that reached this linear.
-        target: what the solver compared with: ``own``, ``dense`` or ``stream``, see ``methods.PARTS``.
+        aim: what the output was compared with: ``own``, ``dense`` or ``residual``, see ``methods.PARTS``.
         objective_before: error of the target weights on the final mask, before any was updated, relative to the
             target output; None where nothing is solved.
         objective: the same for the weights that were written, up to their rounding.
@@ -173,7 +173,7 @@ class PrunedLinear:
     zeros: int
     relative_error: float
     n_tokens: int
-    target: str = "own"
+    aim: str = "own"
     objective_before: float | None = None
     objective: float | None = None
     n_iter: int = 0

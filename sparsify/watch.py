@@ -265,7 +265,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     """The hidden states among a module's arguments: the first, whichever way it is passed."""
     value = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     if not isinstance(value, torch.Tensor):
-        raise ModelError("a module of the block takes no tensor first; use --set targets=dense")
+        raise ModelError("a module of the block takes no tensor first; use --set aim=dense")
     return value
 
 

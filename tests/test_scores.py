@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from sparsify.layer import SOLVERS
 from sparsify.masks import keep_mask
-from sparsify.methods import METHODS
+from sparsify.methods import METHODS, PARTS
 from sparsify.scores import SCORES, magnitude, relative_importance, ria, wanda
 from sparsify.stats import Accumulator, InputStats
 from sparsify.types import parse_pattern
@@ -15,8 +16,9 @@ def example(seed: int = 0, n_out: int = 12, n_in: int = 8) -> tuple[torch.Tensor
     return weight, InputStats(torch.rand(n_in, generator=generator) * 50 + 0.1, 30)
 
 
-def test_both_registries_list_the_same_methods() -> None:
-    assert SCORES.keys() == METHODS.keys()
+def test_registries_and_parts_agree() -> None:
+    assert SCORES.keys() == PARTS["score"].keys() - {"own"}
+    assert SOLVERS.keys() == PARTS["solver"].keys() - {"none"}
 
 
 def test_scores_against_their_formulas_in_numpy_float64() -> None:
@@ -76,7 +78,8 @@ def test_dead_rows_columns_and_inputs_give_finite_scores_and_go_first(method: st
     weight[:, 3] = 0
     dead_input = stats.sq_norm.clone()
     dead_input[5] = 0
-    score = SCORES[method](weight, InputStats(dead_input, stats.n_tokens), None)
+    gram = torch.diag(dead_input)
+    score = SCORES[method](weight, InputStats(dead_input, stats.n_tokens, gram=gram), METHODS[method], 0)
     assert torch.isfinite(score).all()
     assert (score >= 0).all()
     assert not score[1].any()
@@ -87,8 +90,10 @@ def test_dead_rows_columns_and_inputs_give_finite_scores_and_go_first(method: st
 def test_scores_do_not_depend_on_a_low_precision_storage() -> None:
     weight, stats = example()
     stored = weight.bfloat16()
-    for score in SCORES.values():
-        torch.testing.assert_close(score(stored, stats, None), score(stored.float(), stats, None), rtol=0, atol=0)
+    stats = InputStats(stats.sq_norm, stats.n_tokens, gram=torch.diag(stats.sq_norm))
+    for name, score in SCORES.items():
+        plan = METHODS[name]
+        torch.testing.assert_close(score(stored, stats, plan, 0), score(stored.float(), stats, plan, 0), rtol=0, atol=0)
 
 
 def test_relative_importance_keeps_channels_alive_where_magnitude_empties_them() -> None:
