@@ -19,6 +19,8 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,74 @@ from provenance import commit
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Our names in the table of the peers' page; a rule that differs is marked, and its deviation means nothing.
-ROWS = {
-    ("magnitude", "0.5"): ("50 %", "magnitude", "ties differ"),
-    ("wanda", "0.5"): ("50 %", "Wanda (per row)", ""),
-    ("ria", "0.5"): ("50 %", "RIA (layer-wide, exponent 0.5)", ""),
-    ("magnitude", "0.6"): ("60 %", "magnitude", "ties differ"),
-    ("wanda", "0.6"): ("60 %", "Wanda", "they round down per row"),
-    ("ria", "0.6"): ("60 %", "RIA", ""),
-    ("magnitude", "2:4"): ("2:4", "magnitude", "ties differ"),
-    ("wanda", "2:4"): ("2:4", "Wanda", ""),
-    ("ria", "2:4"): ("2:4", "RIA", ""),
-}
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: a recipe of ours, and the row of the peers' page it stands beside (none: ours alone)."""
+
+    method: str
+    pattern: str
+    peer: str = ""
+    note: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As given to ``--only``."""
+        parts = [f"{key}={value}" for key, value in self.changes.items()]
+        return ":".join([self.method, self.pattern.replace(":", "/"), *parts])
+
+
+_DOWN = "they round down per row"
+# DSnoT's official code leaves the MLP's masks alone by default.
+_DSNOT = {"settings": {"dsnot.skip": "*.mlp.*"}}
+_FOLD = {"permute": "fold"}
+ROWS = [
+    Row("magnitude", "0.5", "magnitude", "ties differ"),
+    Row("wanda", "0.5", "Wanda (per row)"),
+    Row("ria", "0.5", "RIA (layer-wide, exponent 0.5)"),
+    Row("sparsegpt", "0.5", "SparseGPT"),
+    Row("dsnot", "0.5", "DSnoT from Wanda", "MLP skipped as there", _DSNOT),
+    Row("admm", "0.5", "ADMM (Boža)", "our schedule is gradual"),
+    Row("alps", "0.5", "ALPS"),
+    Row("magnitude", "0.6", "magnitude", "ties differ"),
+    Row("wanda", "0.6", "Wanda", _DOWN),
+    Row("ria", "0.6", "RIA"),
+    Row("sparsegpt", "0.6", "SparseGPT"),
+    Row("dsnot", "0.6", "DSnoT from Wanda", f"MLP skipped as there; {_DOWN}", _DSNOT),
+    Row("admm", "0.6", "ADMM (Boža)", "our schedule is gradual"),
+    Row("alps", "0.6", "ALPS"),
+    Row("magnitude", "2:4", "magnitude", "ties differ"),
+    Row("wanda", "2:4", "Wanda"),
+    Row("ria", "2:4", "RIA"),
+    Row("sparsegpt", "2:4", "SparseGPT"),
+    Row("dsnot", "2:4", "DSnoT from Wanda", "MLP skipped as there", _DSNOT),
+    Row("admm", "2:4", "ADMM (Boža)"),
+    Row("alps", "2:4", "ALPS"),
+    Row("ria", "2:4", "RIA + permutation, one per linear, simulated, fast mode", "", {"permute": "simulate"}),
+    Row("ria-cp", "2:4"),
+    Row("ria", "2:4", changes={"permute": "gather"}),
+    Row("r2-dsnot", "2:4"),
+    Row("r2-dsnot", "0.6"),
+    Row("dsnot", "2:4"),
+    Row("dsnot", "0.6"),
+    Row("stochria", "2:4"),
+    Row("symwanda", "2:4"),
+    Row("mrp", "2:4"),
+    Row("mrp", "0.5"),
+    Row("mrp", "0.6"),
+    Row("fistapruner", "2:4"),
+    Row("fistapruner", "0.5"),
+    Row("sparsegpt", "2:4", changes={"inputs": "dense"}),
+    Row("sparsegpt", "0.5", changes={"inputs": "dense"}),
+    Row("fast", "2:4"),
+    Row("fast", "0.5"),
+    Row("fast", "0.6"),
+    Row("best", "2:4"),
+    Row("best", "0.5"),
+    Row("best", "0.6"),
+]
+_THEIR_PATTERN = {"0.5": "50 %", "0.6": "60 %", "2:4": "2:4"}
 
 
 def theirs(readme: Path) -> dict[tuple[str, str], float]:
@@ -57,7 +115,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--official-rounding", action="store_true")
     parser.add_argument("--official-threshold", action="store_true")
-    parser.add_argument("--only", nargs="*", help="method:pattern with / for the colon of N:M, as in wanda:2/4")
+    parser.add_argument("--only", nargs="*", help="rows by name, as in wanda:2/4 or ria:2/4:permute=gather")
+    parser.add_argument("--text", type=Path, help="calibrate on this text instead, drawn with each of --seeds")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
     reference = theirs(options.peers / "README.md")
 
@@ -91,7 +151,9 @@ def main() -> None:
         records.append(record)
         theirs_, ours = record["theirs"], record["perplexity"]
         deviation = f"{ours / theirs_ - 1:+.2%}" if theirs_ else ""
-        columns = (record["pattern"], record["method"], f"{ours:.3f}", f"{theirs_}", deviation, record["note"])
+        changes = " ".join(f"{key}={value}" for key, value in record.get("changes", {}).items())
+        name = f"{record['method']} {changes}".rstrip()
+        columns = (record["pattern"], name, f"{ours:.3f}", f"{theirs_ or ''}", deviation, record["note"])
         print("| " + " | ".join(map(str, columns)) + " |", flush=True)
         body = {
             "commit": version,
@@ -107,26 +169,40 @@ def main() -> None:
         note = {"note": ""}
         their_dense = reference["\N{EN DASH}", "dense"]
         keep({"pattern": "", "method": "dense", "perplexity": measure(source.folder), "theirs": their_dense} | note)
-    for (method, pattern), (their_pattern, their_name, note) in ROWS.items():
-        if wanted and f"{method}:{pattern.replace(':', '/')}" not in wanted:
+    unknown = wanted - {row.name for row in ROWS}
+    if unknown:
+        parser.error(f"no such row: {sorted(unknown)[0]}; rows: {', '.join(row.name for row in ROWS)}")
+    draws: list[tuple[str, int]] = [(f"{options.peers}/ids.safetensors:calibration_ids", 0)]
+    if options.text:
+        draws = [(str(options.text), seed) for seed in options.seeds]
+    for row in ROWS:
+        if wanted and row.name not in wanted:
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            recipe = Recipe(pattern, method, calibration=f"{options.peers}/ids.safetensors:calibration_ids")
-            out = prune(source, recipe, Path(scratch) / "out")
-            covered = read_manifest(out)["coverage"]
-            keep(
-                {
-                    "pattern": pattern,
-                    "method": method,
-                    "perplexity": measure(out),
-                    "theirs": reference[their_pattern, their_name],
-                    "note": note,
-                    "rounding": "official" if options.official_rounding else "ours",
-                    "threshold": "official" if options.official_threshold else "ours",
-                    "sparsity": covered["zeros"] / covered["selected"],
-                    "threads": read_json(out / "run.json")["threads"],
-                }
-            )
+        for calibration, seed in draws:
+            with tempfile.TemporaryDirectory() as scratch:
+                recipe = Recipe(row.pattern, row.method, calibration=calibration, seed=seed, **row.changes)
+                out = prune(source, recipe, Path(scratch) / "out")
+                body, run = read_manifest(out), read_json(out / "run.json")
+                keep(
+                    {
+                        "pattern": row.pattern,
+                        "method": row.method,
+                        "changes": row.changes,
+                        "perplexity": measure(out),
+                        "theirs": reference[_THEIR_PATTERN[row.pattern], row.peer] if row.peer else None,
+                        "note": row.note,
+                        "calibration": Path(calibration).name,
+                        "seed": seed,
+                        "rounding": "official" if options.official_rounding else "ours",
+                        "threshold": "official" if options.official_threshold else "ours",
+                        "sparsity": body["coverage"]["zeros"] / body["coverage"]["selected"],
+                        "relative_error": sum(r["relative_error"] for r in body["linears"]) / len(body["linears"]),
+                        "statuses": dict(Counter(r["status"] for r in body["linears"])),
+                        "threads": run["threads"],
+                        "user_cpu_seconds": run["user_cpu_seconds"],
+                        "peak_memory_bytes": run["peak_memory_bytes"],
+                    }
+                )
 
 
 def use_official_rounding() -> None:
@@ -144,7 +220,7 @@ def use_official_rounding() -> None:
             self.n_tokens += tokens.shape[0]
             self.sq_norm = mean.double() / tokens.shape[0] * self.n_tokens
 
-    def ria(weight: torch.Tensor, given: stats.InputStats | None, exponent: float | None) -> torch.Tensor:
+    def ria(weight: torch.Tensor, given: stats.InputStats | None, plan: Any, seed: int) -> torch.Tensor:
         assert given is not None
         size, norm = weight.abs(), torch.sqrt(given.sq_norm / given.n_tokens * 512)
         importance = size / size.sum(dim=0) + size / size.sum(dim=1).reshape(-1, 1)
@@ -158,10 +234,10 @@ def use_official_threshold() -> None:
     """Replace the layer-wide mask by a threshold at the value that the official code sorts out."""
     import torch
 
-    from sparsify import prune
+    from sparsify import layer
     from sparsify.types import Pattern, Unstructured
 
-    ours = prune.keep_mask
+    ours = layer.keep_mask
 
     def keep_mask(score: torch.Tensor, pattern: Pattern, *, default_group: str = "layer") -> torch.Tensor:
         if isinstance(pattern, Unstructured) and default_group == "layer":
@@ -169,7 +245,7 @@ def use_official_threshold() -> None:
             return score > ordered[int(pattern.sparsity * score.numel())]
         return ours(score, pattern, default_group=default_group)
 
-    prune.keep_mask = keep_mask
+    layer.keep_mask = keep_mask
 
 
 if __name__ == "__main__":

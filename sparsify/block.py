@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from math import gcd
 from typing import Any
 
@@ -352,15 +353,17 @@ class BlockPruner:
         perm: torch.Tensor | None,
     ) -> Outcome:
         """The outcome in the model's order of inputs, with the pattern in that of ``perm``."""
-        seed = self._seed(spec)
+        seed, plan = self._seed(spec), self.plan
+        if plan.refine in ("dsnot", "r2-dsnot") and fnmatchcase(spec.name, plan.setting("dsnot.skip")):
+            plan = replace(plan, refine="none")
         if perm is None or stats is None:
-            return prune_layer(aim, stats, gram, self.patterns[spec.name], self.plan, seed=seed, length=self.length)
+            return prune_layer(aim, stats, gram, self.patterns[spec.name], plan, seed=seed, length=self.length)
         outcome = prune_layer(
             aim[:, perm],
             stats.permuted(perm),
             None if gram is None else gram.permuted(perm),
             self.patterns[spec.name],
-            self.plan,
+            plan,
             seed=seed,
             length=self.length,
         )

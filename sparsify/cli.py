@@ -365,17 +365,23 @@ def methods_command(
     from sparsify.methods import COSTS, METHODS, PARTS, SETTINGS, resolve
 
     if method is not None:
-        plan = resolve(method, {}, {})
+        plan, other = resolve(method, {}, {}), resolve(method, {}, {}, grouped=False)
         if json:
-            print_json({"method": method, **asdict(plan)})
+            print_json({"method": method, "grouped": asdict(plan), "unstructured": asdict(other)})
             return
         print_line(f"{method}: {plan.summary}. {plan.paper}".rstrip())
-        settings = [(name, plan.setting(name), SETTINGS[name].help) for name in SETTINGS if plan.uses(name)]
+        rows = []
+        for part, meanings in PARTS.items():
+            for choice in dict.fromkeys((getattr(plan, part), getattr(other, part))):
+                differs = getattr(plan, part) != getattr(other, part)
+                only = ("N:M: " if choice == getattr(plan, part) else "sparsity: ") if differs else ""
+                rows.append((part, choice, only + meanings[choice]))
+        print_table(("part", "choice", "meaning"), rows)
+        used = [name for name in SETTINGS if plan.uses(name) or other.uses(name)]
         print_table(
-            ("part", "choice", "meaning"),
-            [(part, getattr(plan, part), PARTS[part][getattr(plan, part)]) for part in PARTS],
+            ("setting", "value", "meaning"),
+            [(name, str((plan if plan.uses(name) else other).setting(name)), SETTINGS[name].help) for name in used],
         )
-        print_table(("setting", "value", "meaning"), [(name, str(value), text) for name, value, text in settings])
         return
     if json:
         print_json(

@@ -95,8 +95,12 @@ def _heads(skeleton: Skeleton, stem: str, specs: dict[str, LinearSpec], out: Lin
     }
     if any("v_norm" in name for name in others):
         return None
-    # A norm over all heads, or a parameter per head, would have to move too; norms within a head are the same for all.
-    movable = all(shape == (head_dim,) for shape in others.values())
+    # A norm over all heads, a list of norms, or a parameter per head would have to move too; a norm within heads, of
+    # which there is one for all of them, stays.
+    movable = all(
+        shape == (head_dim,) and "norm" in name and not any(part.isdigit() for part in name[len(stem) :].split("."))
+        for name, shape in others.items()
+    )
     return Heads(query, key, n_query, n_key, head_dim, movable)
 
 

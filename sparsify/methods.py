@@ -110,6 +110,7 @@ SETTINGS: dict[str, Setting] = {
     "dsnot.cycles": Setting("refine=dsnot|r2-dsnot", 50, 0, 10000, "the most swaps a row"),
     "dsnot.threshold": Setting("refine=dsnot|r2-dsnot", 0.1, 0, 1e9, "mean row error, times window length, to reach"),
     "dsnot.safe": Setting("refine=dsnot|r2-dsnot", False, help="only swaps that lower the mean row error"),
+    "dsnot.skip": Setting("refine=dsnot|r2-dsnot", "", help="glob of linears to leave; their code: *.mlp.*"),
     "r2.exponent": Setting("refine=r2-dsnot", 0.5, 0, 4, "power of the input norm"),
     "r2.reweight": Setting("refine=r2-dsnot", "grow", ("none", "grow", "prune", "both"), help="relative importance in"),
     "r2.gamma_grow": Setting("refine=r2-dsnot", 0.0, 0, 1e9, "regulariser of restoring"),
@@ -160,6 +161,9 @@ class Method:
         cost: what it takes, see ``COSTS``.
         paper: source.
         summary: one line for ``--help``.
+        for_groups: parts that differ for N:M patterns.
+        for_sparsity: parts that differ for unstructured ones.
+        settings: values that differ from the defaults.
     """
 
     summary: str
@@ -175,6 +179,8 @@ class Method:
     order: str = "block"
     aim: str = "own"
     inputs: str = "pruned"
+    for_groups: Mapping[str, str] = field(default_factory=dict)
+    for_sparsity: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Scalar] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
@@ -211,6 +217,7 @@ class Method:
 _WANDA = "Sun et al., arXiv 2306.11695"
 _RIA = "Zhang et al., ICLR 2024"
 _SYMMETRIC = "Yi and Richtárik, arXiv 2501.18980"
+_HALFWAY: dict[str, Scalar] = {"aim.share": 0.5, "aim.residual_share": 0.5, "permute.sweeps": 2, "error.spread": 0.1}
 METHODS: dict[str, Method] = {
     "magnitude": Method("absolute value; needs no text", "none", score="magnitude"),
     "wanda": Method("absolute value times the norm of its input", "norms", _WANDA, "row", "wanda"),
@@ -251,12 +258,23 @@ METHODS: dict[str, Method] = {
         "alternating directions with a rising penalty, then least squares", "gram+", "Meng et al., arXiv 2406.07831",
         solver="alps",
     ),
+    "fast": Method(
+        "sparsegpt aimed halfway at the dense model; reordered inputs for N:M", "gram", "docs/recipes.md",
+        solver="sparsegpt", order="group", aim="residual", for_groups={"permute": "fold"}, settings=_HALFWAY,
+    ),
+    "best": Method(
+        "alps aimed halfway at the dense model; reordered inputs for N:M, allocation otherwise", "gram+",
+        "docs/recipes.md", solver="alps", order="group", aim="residual", for_groups={"permute": "fold"},
+        for_sparsity={"allocate": "error"}, settings=_HALFWAY,
+    ),
 }  # fmt: skip
 """The table: name -> method."""
 
 
-def resolve(method: str, parts: Mapping[str, str | None], settings: Mapping[str, Scalar]) -> Method:
-    """The method ``method`` with ``parts`` replaced and ``settings`` changed.
+def resolve(
+    method: str, parts: Mapping[str, str | None], settings: Mapping[str, Scalar], *, grouped: bool = True
+) -> Method:
+    """The method ``method`` for an N:M pattern (``grouped``) or another, ``parts`` replaced and ``settings`` changed.
 
     Raises:
         UsageError: an unknown name, a value out of range, a setting of a part that is not in use, or parts that do
@@ -265,6 +283,7 @@ def resolve(method: str, parts: Mapping[str, str | None], settings: Mapping[str,
     if method not in METHODS:
         raise UsageError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     base = METHODS[method]
+    base = replace(base, **(base.for_groups if grouped else base.for_sparsity))  # type: ignore[arg-type]
     given = {name: value for name, value in parts.items() if value is not None}
     for name, value in given.items():
         if value not in PARTS[name]:
@@ -275,16 +294,14 @@ def resolve(method: str, parts: Mapping[str, str | None], settings: Mapping[str,
     plan = replace(plan, settings={name: value for name, value in plan.settings.items() if plan.uses(name)})
     for name in settings:
         if name not in plan.settings:
-            raise UsageError(
-                f"setting {name} has no effect here: it belongs to {SETTINGS[name].part}"
-            )
+            raise UsageError(f"setting {name} has no effect here: it belongs to {SETTINGS[name].part}")
     _check_combination(plan)
     return plan
 
 
 def _check_setting(name: str, value: Scalar) -> None:
     if name not in SETTINGS:
-        raise UsageError(f"setting {name!r} is unknown; sparsify methods --settings lists them")
+        raise UsageError(f"setting {name!r} is unknown; `sparsify methods` lists them")
     setting = SETTINGS[name]
     if isinstance(setting.low, tuple):
         if value not in setting.low:
@@ -292,6 +309,9 @@ def _check_setting(name: str, value: Scalar) -> None:
     elif isinstance(setting.default, bool):
         if not isinstance(value, bool):
             raise UsageError(f"setting {name} {value!r}: give true or false")
+    elif isinstance(setting.default, str):
+        if not isinstance(value, str):
+            raise UsageError(f"setting {name} {value!r}: give a text")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(f"setting {name} {value!r} is not a number; the default is {setting.default}")
     elif isinstance(setting.default, int) and not isinstance(value, int):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.types import NofM
 
 _BUDGET = 1 << 27
@@ -53,6 +53,7 @@ def search(
 
     Raises:
         UsageError: M does not divide the width, or ``n_parts`` the number of groups.
+        NumericsError: NaN or Inf in the score.
     """
     n_in = score.shape[1]
     if n_in % pattern.m:
@@ -61,6 +62,8 @@ def search(
     if n_groups % n_parts:
         raise UsageError(f"permutation: {n_parts} parts do not divide {n_groups} groups")
     score = score.float()
+    if not bool(torch.isfinite(score).all()):
+        raise NumericsError("the score holds NaN or Inf; check the weights and the calibration activations")
     identity = torch.arange(n_in, device=score.device)
     before = best = retained(score, identity, pattern)
     perm = allocate_channels(score, pattern.m)

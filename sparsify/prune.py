@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from sparsify.naming import Binding
 from sparsify.progress import Progress, Silent
 from sparsify.recipe import DEFAULT_CALIBRATION, Recipe
 from sparsify.source import Source
-from sparsify.types import LinearSpec, Pattern, PrunedLinear
+from sparsify.survey import allocated
+from sparsify.types import LinearSpec, Pattern, PrunedLinear, Unstructured
 
 # Hidden states, in pairs of files that swap roles from block to block.
 _PRUNED = ("hidden.0", "hidden.1")
@@ -100,6 +102,7 @@ def prune(
         torch.inference_mode(),
     ):
         run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, progress, began)
+        run.allocate()
         run.blocks()
         run.finish()
         staging.commit()
@@ -130,6 +133,9 @@ def _damage(folder: Path, state: Any) -> str | None:
     """What is wrong with an interrupted run, or None; raises whatever a malformed record makes Python raise."""
     if not 1 <= state["threads"] <= 4096:
         return "its number of threads is out of range"
+    for text in (state["allocation"] or {}).values():
+        if not 0 <= Fraction(text) < 1:
+            return "its allocation is out of range"
     for block in state["blocks"]:
         if (folder / block["file"]).stat().st_size != block["bytes"] or Path(block["file"]).name != block["file"]:
             return f"{block['file']} is truncated"
@@ -190,7 +196,7 @@ class _Run:
     def _open_state(self) -> dict[str, Any]:
         state = self.staging.state
         if state is None:
-            return {"threads": torch.get_num_threads(), "blocks": [], "hidden": []}
+            return {"threads": torch.get_num_threads(), "blocks": [], "hidden": [], "allocation": None}
         # The order of a threaded sum depends on the number of threads, and resuming promises the same bits.
         torch.set_num_threads(state["threads"])
         self.n_resumed = len(state["blocks"])
@@ -201,6 +207,31 @@ class _Run:
         self.state["blocks"].append({"file": shard, "bytes": n_bytes, "linears": [asdict(row) for row in rows]})
         self.state["hidden"] = hidden
         self.staging.save(self.state)
+
+    # --- allocation ------------------------------------------------------------------------------------------------
+
+    def allocate(self) -> None:
+        """Give linears their own sparsities, where the method does; measured once, and kept with the run's state."""
+        plan = self.recipe.plan
+        base = self.recipe.parsed
+        if plan.allocate == "uniform" or self.windows is None or not isinstance(base, Unstructured):
+            return
+        if self.state["allocation"] is None:
+            found = allocated(
+                self.binding,
+                plan,
+                self.patterns,
+                base.sparsity,
+                torch.from_numpy(self.windows.ids),
+                self.folder,
+                dtype=self.dtype,
+                device=self.device,
+                progress=self.progress,
+            )
+            self.state["allocation"] = {name: str(sparsity) for name, sparsity in found.items()}
+            self.staging.save(self.state)
+        for name, text in self.state["allocation"].items():
+            self.patterns[name] = Unstructured(Fraction(text), base.group)
 
     # --- blocks ----------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,7 @@ class Recipe:
             raise UsageError(f"windows {self.windows} of length {self.length}: at least 1 window of 2 tokens is needed")
         if self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative; give 0 or more")
-        patterns = [self._parse(self.pattern, "pattern")]
+        patterns = [self.parsed]
         for glob, pattern in self.overrides.items():
             patterns.append(self._parse(pattern, f"overrides: {glob}"))
         self._check_patterns(patterns)
@@ -82,7 +82,13 @@ class Recipe:
         Raises:
             UsageError: what ``methods.resolve`` refuses.
         """
-        return resolve(self.method, {name: getattr(self, name) for name in PARTS}, self.settings)
+        parts = {name: getattr(self, name) for name in PARTS}
+        return resolve(self.method, parts, self.settings, grouped=isinstance(self.parsed, NofM))
+
+    @cached_property
+    def parsed(self) -> Pattern:
+        """``pattern``, parsed."""
+        return self._parse(self.pattern, "pattern")
 
     def _check_patterns(self, patterns: list[Pattern]) -> None:
         plan = self.plan

@@ -127,18 +127,22 @@ def symwanda(
 
 
 def output_norms(weight: torch.Tensor, stats: InputStats) -> torch.Tensor:
-    """[out] float32: root mean square of each output over the calibration tokens, from the inputs' Gram matrix."""
+    """[out] float32: root mean square of each output over the calibration tokens, from the inputs' Gram matrix.
+
+    Ones where no token arrived, as for the inputs: zeros would make all scores equal.
+    """
     if stats.gram is None:
         raise ValueError("output norms need the Gram matrix")
+    if stats.n_tokens == 0:
+        return torch.ones(len(weight), device=weight.device)
     energy = (weight.float() @ stats.gram).mul_(weight).sum(dim=1)
     norms: torch.Tensor
-    norms = (energy / max(stats.n_tokens, 1)).clamp_min(0).sqrt()
+    norms = (energy / stats.n_tokens).clamp_min(0).sqrt()
     return norms
 
 
 def _lp(size: torch.Tensor, p: float, strategy: int) -> torch.Tensor:
-    columns: torch.Tensor = torch.linalg.vector_norm(size, ord=p, dim=0, keepdim=True)
-    rows: torch.Tensor = torch.linalg.vector_norm(size, ord=p, dim=1, keepdim=True)
+    columns, rows = _norms(size, p, 0), _norms(size, p, 1)
     if strategy == 1:
         return size * (_reciprocal(columns) + _reciprocal(rows))
     if strategy == 2:
@@ -146,6 +150,14 @@ def _lp(size: torch.Tensor, p: float, strategy: int) -> torch.Tensor:
     if strategy == 3:
         return size * _reciprocal(columns + rows)
     return size * _reciprocal(_reciprocal(columns) + _reciprocal(rows))
+
+
+def _norms(size: torch.Tensor, p: float, dim: int) -> torch.Tensor:
+    # Relative to the greatest: 0.02^30 is less than float32 holds, and 5^60 more.
+    unit = size.amax(dim=dim, keepdim=True) if p else torch.ones((), device=size.device)
+    unit = unit.masked_fill(unit == 0, 1)
+    norms: torch.Tensor = torch.linalg.vector_norm(size / unit, ord=p, dim=dim, keepdim=True)
+    return norms.mul_(unit)
 
 
 def _unit_mean(norms: torch.Tensor) -> torch.Tensor:

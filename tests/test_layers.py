@@ -17,12 +17,12 @@ RANKS = [
     {"sparsify.recipe", "sparsify.model"},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
     {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
-    {"sparsify.scores", "sparsify.masks", "sparsify.permute"},
+    {"sparsify.scores", "sparsify.masks", "sparsify.permute", "sparsify.allocate"},
     {"sparsify.solvers", "sparsify.solvers.quadratic", "sparsify.solvers.sparsegpt", "sparsify.solvers.mrp"}
     | {"sparsify.solvers.exact", "sparsify.solvers.refit", "sparsify.solvers.admm", "sparsify.solvers.alps"}
     | {"sparsify.solvers.fista", "sparsify.solvers.swaps", "sparsify.solvers.dsnot"},
     {"sparsify.layer"},
-    {"sparsify.block"},
+    {"sparsify.block", "sparsify.survey"},
     {"sparsify.manifest"},
     {"sparsify.prune", "sparsify.verify"},
     {"sparsify.exporters", "sparsify.exporters.hf", "sparsify.exporters.onnx_graph", "sparsify.exporters.onnx_standard"}

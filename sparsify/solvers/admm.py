@@ -39,8 +39,8 @@ def admm(
         weight: [out, in].
         gram: inputs; its own damping is not used, the paper's 0.1 of the scaled diagonal is.
         pattern: what to keep.
-        n_iter: iterations in all.
-        n_gradual: those in which the mask still grows.
+        n_iter: iterations in all, at least 1.
+        n_gradual: those in which the mask still grows, no more than ``n_iter``.
         keep: a given mask; only the weights are solved for.
         group: comparison group where the pattern leaves it open.
 
@@ -54,10 +54,12 @@ def admm(
     iterate, dual = dense.clone(), torch.zeros_like(dense)
     mask = torch.ones_like(dense, dtype=torch.bool) if keep is None else keep
     gap = float("inf")
+    # A schedule that outlasts the iterations would end short of the pattern.
+    n_gradual = max(min(n_gradual, n_iter), 1)
     for t in range(n_iter):
         shifted = iterate + dual
-        if keep is None and t < max(n_gradual, 1):
-            mask = _gradual(shifted.abs(), pattern, group, t + 1, max(n_gradual, 1))
+        if keep is None and t < n_gradual:
+            mask = _gradual(shifted.abs(), pattern, group, t + 1, n_gradual)
         projected = shifted * mask
         dual += iterate
         dual -= projected

@@ -35,8 +35,8 @@ def alps(
 
     In scaled variables (unit diagonal of G'): B = (G' + ρI)⁻¹ (G'W − U + ρD), D = the largest of B + U/ρ that the
     pattern allows, U += ρ(B − D).
-    Every third iteration ρ grows by 1.3, 1.2 or 1.1 according to how much of the support moved. The support of B ends
-    as the mask, and conjugate gradients solve for the weights on it.
+    Every third iteration ρ grows by 1.3, 1.2 or 1.1 according to how much of the support moved; at the first of these
+    all of it counts as moved. The support of B ends as the mask, and conjugate gradients solve for the weights on it.
 
     Args:
         weight: [out, in].
@@ -56,7 +56,7 @@ def alps(
     target = dense @ scaled
     # One eigendecomposition serves every ρ: (G' + ρI)⁻¹ = Q (Λ + ρ)⁻¹ Qᵀ.
     values, vectors = gram.spectrum
-    rho, raised, status = _RHO, False, "max_iter"
+    rho, status = _RHO, "max_iter"
     split, dual = dense.clone(), torch.zeros_like(dense)
     inverse: torch.Tensor | None = None
     last: torch.Tensor | None = None
@@ -76,14 +76,10 @@ def alps(
         moved = int((support ^ last).sum()) / 2 if last is not None else float(support.sum())
         share = moved / max(int(support.sum()), 1)
         last = support
-        if moved < 1 and raised:
+        if moved < 1:
             status = "converged"
             break
-        if moved < 1:
-            rho /= 5
-            split, dual, inverse = dense.clone(), torch.zeros_like(dense), None
-            continue
-        rho, raised, inverse = min(rho * next(f for s, f in _RAISE if share > s), _RHO_MAX), True, None
+        rho, inverse = min(rho * next(f for s, f in _RAISE if share > s), _RHO_MAX), None
         if t > n_settled and share < settled:
             status = "converged"
             break

@@ -1,7 +1,7 @@
 """The optimum for a given mask by one Cholesky factorisation a row: MRP's "all unpruned weights are free".
 
 Zhang et al., "Pruning Foundation Models for High Accuracy without Retraining", Findings of EMNLP 2024,
-arXiv 2410.15567, eq. 11 to 13, in the equivalent form of normal equations on the kept weights.
+arXiv 2410.15567, eq. 11 to 13, in the equivalent form of a system of the kept weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BUDGET = 1 << 28
 
 
 def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int = BUDGET) -> Solution:
-    """V_K = (G_KK)⁻¹ (W G)_K for every row, K its kept inputs; zero elsewhere.
+    """V_K = W_K + (G_KK)⁻¹ G_KP W_P for every row, K its kept inputs and P the others; V_P = 0.
 
     No other weights on this mask have a lower objective for the damped G. Costs Σ_rows |K|³/3 multiplications.
 
@@ -40,8 +40,9 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
             solution.weight, keep, solution.n_iter, f"fallback to conjugate gradients for memory: {solution.status}"
         )
     dense = gram.live(weight)
-    target = dense @ gram.damped
-    result = torch.zeros_like(dense)
+    # The change is solved for, not the weights: rounding is then relative to the change, and no removal means none.
+    target = dense.masked_fill(keep, 0) @ gram.damped
+    result = dense.masked_fill(~keep, 0)
     rows = max(budget // (8 * most * most), 1)
     for start in range(0, len(dense), rows):
         part = slice(start, start + rows)

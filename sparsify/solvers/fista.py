@@ -87,9 +87,10 @@ def fista(
         at = penalty * largest if scaled else penalty
         soft = proximal_gradient(target, matrix, best, at, step, n_iter)
         hard = _rounded(soft, pattern, group)
-        error = value(hard - dense, matrix)
+        # Where inputs are singular, an error of nothing comes out of float32 products as a little less.
+        error, before = (max(value(v - dense, matrix), 0.0) for v in (hard, soft))
         # Norms, not squares, as in the paper; negative when the start of a short run was not yet reached.
-        by_rounding = math.sqrt(error) - math.sqrt(value(soft - dense, matrix))
+        by_rounding = math.sqrt(error) - math.sqrt(before)
         ratio = by_rounding / math.sqrt(error) if error > 0 else 0.0
         if rounds is not None:
             rounds.append(Round(at, ratio, float((soft == 0).float().mean()), error))

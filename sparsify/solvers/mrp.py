@@ -14,7 +14,7 @@ from itertools import combinations
 
 import torch
 
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
 from sparsify.masks import keep_mask
 from sparsify.solvers.exact import exact
 from sparsify.solvers.quadratic import Gram, Solution
@@ -52,8 +52,9 @@ def mrp(
         group: comparison group where the pattern leaves it open.
 
     Raises:
-        UsageError: an unknown variant, or an M mask for an unstructured pattern or one with too many candidates.
-        NumericsError: G is singular in spite of damping.
+        UsageError: an unknown variant, an M mask for an unstructured pattern or one with too many candidates, or a
+            width that M does not divide.
+        NumericsError: G is singular in spite of damping, or a NaN among the weights.
     """
     if variant not in VARIANTS:
         raise UsageError(f"mrp variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
@@ -82,7 +83,7 @@ def _right_only(
     group: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and mask after one pass over blocks of columns, those to the left of a block staying as they are."""
-    upper = gram.inverse_upper.float()
+    upper = gram.inverse_upper
     n_in = gram.n_in
     work = gram.live(weight).contiguous()
     mask = torch.ones_like(work, dtype=torch.bool) if keep is None else keep
@@ -93,15 +94,15 @@ def _right_only(
         # The top left corner of the inverse of the trailing matrix, and its rows.
         corner = upper[start:end, start:end]
         inverse = corner.t() @ corner
-        rows = corner.t() @ upper[start:end, start:]
+        rows = (corner.t() @ upper[start:end, start:]).float()
         part = work[:, start:end]
         if keep is None:
             if joint and isinstance(pattern, NofM):
                 mask[:, start:end] = best_masks(part, inverse, pattern)
             elif isinstance(pattern, NofM):
-                mask[:, start:end] = keep_mask(part.square() / inverse.diagonal(), pattern)
+                mask[:, start:end] = keep_mask(part.square() / inverse.diagonal().float(), pattern)
             else:
-                score = (part.square() / inverse.diagonal()).t()
+                score = (part.square() / inverse.diagonal().float()).t()
                 mask[:, start:end] = block_share(score, pattern, pattern.group or group, start, end).t()
         gone = ~mask[:, start:end]
         work[:, start:].sub_(_multipliers(part, inverse, gone) @ rows)
@@ -110,17 +111,32 @@ def _right_only(
 
 
 def _multipliers(part: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-    """w_P [(G⁻¹)_PP]⁻¹ of each row, zero outside P, [rows, block]; systems are filled up with the identity."""
+    """w_P [(G⁻¹)_PP]⁻¹ of each row, zero outside P, [rows, block] float32; ``inverse`` is float64."""
     result = torch.empty_like(part)
+    narrow = inverse.float()
     n_rows = max(_BUDGET // (4 * inverse.numel()), 1)
     for start in range(0, len(part), n_rows):
         rows = slice(start, start + n_rows)
-        on = gone[rows].float()
-        system = inverse * on.unsqueeze(1) * on.unsqueeze(2)
-        system.diagonal(dim1=1, dim2=2).add_(1 - on)
-        factor = torch.linalg.cholesky(system)
-        result[rows] = torch.cholesky_solve((part[rows] * on).unsqueeze(2), factor).squeeze(2) * on
+        on = gone[rows]
+        factor, info = torch.linalg.cholesky_ex(_padded(narrow, on))
+        if bool(info.any()):
+            factor, info = torch.linalg.cholesky_ex(_padded(inverse, on))
+            _refuse_singular(info)
+        right = (part[rows] * on).unsqueeze(2).to(factor.dtype)
+        result[rows] = torch.cholesky_solve(right, factor).squeeze(2).float() * on
     return result
+
+
+def _padded(inverse: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
+    """(G⁻¹)_PP of each row, [rows, block, block], filled up with the identity outside P."""
+    system = inverse * on.unsqueeze(1) * on.unsqueeze(2)
+    system.diagonal(dim1=1, dim2=2).add_(~on)
+    return system
+
+
+def _refuse_singular(info: torch.Tensor) -> None:
+    if bool(info.any()):
+        raise NumericsError("the inputs of a block of columns are linearly dependent up to rounding; raise damping")
 
 
 def best_masks(part: torch.Tensor, inverse: torch.Tensor, pattern: NofM) -> torch.Tensor:
@@ -131,17 +147,27 @@ def best_masks(part: torch.Tensor, inverse: torch.Tensor, pattern: NofM) -> torc
 
     Args:
         part: [rows, columns], whole groups.
-        inverse: [columns, columns], the corner of the inverse that belongs to them.
+        inverse: [columns, columns] float64, the corner of the inverse that belongs to them.
         pattern: N:M.
+
+    Raises:
+        NumericsError: the corner is singular, or a NaN among the weights.
+        UsageError: M does not divide the width.
     """
     m = pattern.m
+    if part.shape[1] % m:
+        raise UsageError(f"pattern {pattern}: {part.shape[1]} columns are left, not a multiple of {m}")
+    if torch.isnan(part).any():
+        raise NumericsError("the weights hold NaN; check the weights and the calibration activations")
     removed = torch.tensor(list(combinations(range(m), m - pattern.n)), device=part.device)
     n_groups = part.shape[1] // m
     groups = part.reshape(len(part), n_groups, m)
     corner = inverse.reshape(n_groups, m, n_groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     # [groups, candidates, removed, removed], shared by all rows.
     blocks = corner[:, removed.unsqueeze(2), removed.unsqueeze(1)]
-    quadratic = torch.linalg.inv(blocks.double()).float()
+    factor, info = torch.linalg.cholesky_ex(blocks.double())
+    _refuse_singular(info)
+    quadratic = torch.cholesky_inverse(factor).float()
     best = torch.full(groups.shape[:2], torch.inf, device=part.device)
     choice = torch.zeros(groups.shape[:2], dtype=torch.long, device=part.device)
     for index, positions in enumerate(removed):

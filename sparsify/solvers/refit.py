@@ -47,12 +47,13 @@ def refit(
     rho = (residual * z).sum(dim=1, keepdim=True, dtype=torch.float64)
     target = rho * tolerance**2
     done = 0
-    for done in range(1, n_iter + 1):  # noqa: B007
+    while done < n_iter:
         moved = direction @ g
         curvature = (direction * moved).sum(dim=1, keepdim=True, dtype=torch.float64)
         step = torch.where((rho > target) & (curvature > 0), rho / curvature.clamp_min(1e-300), 0.0)
         if not bool(step.any()):
             break
+        done += 1
         step = step.float()
         solution.addcmul_(direction, step)
         residual.addcmul_(moved.mul_(keep), step, value=-1)

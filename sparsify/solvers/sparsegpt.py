@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsify.errors import NumericsError
 from sparsify.masks import keep_mask
 from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.types import NofM, Pattern, Unstructured
@@ -35,7 +36,8 @@ def sparsegpt(
         group: comparison group where the pattern leaves it open.
 
     Raises:
-        NumericsError: G is singular in spite of damping.
+        NumericsError: G is singular in spite of damping, or a NaN among the weights.
+        UsageError: M does not divide the width.
     """
     upper = gram.inverse_upper.float()
     n_out, n_in = weight.shape
@@ -74,7 +76,13 @@ def sparsegpt(
 
 
 def block_share(score: torch.Tensor, pattern: Unstructured, group: str, start: int, end: int) -> torch.Tensor:
-    """Mask [columns, out] of the columns start:end, whose counts add up exactly over all blocks."""
+    """Mask [columns, out] of the columns start:end, whose counts add up exactly over all blocks.
+
+    Raises:
+        NumericsError: a NaN in the score.
+    """
+    if torch.isnan(score).any():
+        raise NumericsError("the score holds NaN; check the weights and the calibration activations")
     per_unit = score.shape[1] if group == "layer" else 1
     n_remove = int(pattern.sparsity * per_unit * end) - int(pattern.sparsity * per_unit * start)
     groups = score.t().reshape(1, -1) if group == "layer" else score.t()

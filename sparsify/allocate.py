@@ -1,0 +1,122 @@
+"""Sparsity per linear under one budget: the same number of weights removed, from where it costs least.
+
+Pure functions of what was measured on the dense model; the driver measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from sparsify.stats import InputStats
+
+# Sparsities are whole multiples of this, so that they print and read back exactly.
+_GRAIN = 10_000
+
+Name = TypeVar("Name", str, int)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Measured error of one linear: ``errors`` at ``sparsities`` (ascending), and its number of weights."""
+
+    n_weights: int
+    sparsities: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+def outliers(weight: torch.Tensor, stats: InputStats, multiple: float) -> tuple[int, int]:
+    """How many of |W_ij| ||X_j|| exceed ``multiple`` times their mean, and of how many."""
+    score = weight.float().abs() * stats.rms
+    return int((score > multiple * score.mean()).sum()), score.numel()
+
+
+def owl(
+    ratios: Mapping[int, float], n_weights: Mapping[int, int], sparsity: Fraction, spread: float
+) -> dict[int, Fraction]:
+    """Sparsity of each block: less where the share of outliers is higher.
+
+    The kept share of a block is 1 − s plus its outlier share, scaled over all blocks to a range of 2 · ``spread`` and
+    centred on the mean over weights, so that the budget is met.
+
+    Args:
+        ratios: block -> share of outliers.
+        n_weights: block -> weights that are pruned.
+        sparsity: s, over all blocks.
+        spread: λ.
+
+    Reference: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", ICML 2024, arXiv 2310.05175. The paper centres
+    on the plain mean over blocks, which meets the budget only where all are of one size.
+    """
+    low, high = min(ratios.values()), max(ratios.values())
+    scaled = {b: (r - low) / (high - low) * 2 * spread if high > low else 0.0 for b, r in ratios.items()}
+    wanted = {b: float(sparsity) - value for b, value in scaled.items()}
+    return _fitted(wanted, n_weights, sparsity, spread=2 * spread)
+
+
+def least_error(curves: Mapping[str, Curve], sparsity: Fraction, spread: float) -> dict[str, Fraction]:
+    """Sparsity of each linear that minimises the sum of errors for ``sparsity`` over all weights.
+
+    Solves min Σ_l e_l(s_l) subject to Σ_l n_l s_l = s Σ_l n_l and |s_l − s| <= ``spread``. Each e_l is interpolated
+    between its measurements in logarithms, with slopes that never fall, so that the optimum is where the marginal
+    errors per weight of all linears agree; that common value is found by bisection.
+    """
+    grids = {name: _Marginal(curve, float(sparsity), spread) for name, curve in curves.items()}
+    sizes = {name: curve.n_weights for name, curve in curves.items()}
+    total = sum(sizes.values())
+    low, high = -60.0, 60.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        removed = sum(sizes[name] * grid.at(middle) for name, grid in grids.items())
+        low, high = (middle, high) if removed < float(sparsity) * total else (low, middle)
+    wanted = {name: grid.at((low + high) / 2) for name, grid in grids.items()}
+    return _fitted(wanted, sizes, sparsity, spread=spread)
+
+
+class _Marginal:
+    """The sparsity of one linear at which removing a further weight costs exp(x), for any x."""
+
+    _STEPS = 64
+
+    def __init__(self, curve: Curve, sparsity: float, spread: float) -> None:
+        low, high = max(sparsity - spread, 0.0), min(sparsity + spread, 1 - 1 / _GRAIN)
+        self.grid = np.linspace(low, high, self._STEPS + 1)
+        tiny = 1e-12
+        logs = np.interp(self.grid, curve.sparsities, np.log(np.maximum(curve.errors, tiny)))
+        slope = np.diff(np.exp(logs)) / np.diff(self.grid) / curve.n_weights
+        # Non-decreasing slopes: the convex envelope up to the order of the steps.
+        self.slopes = np.log(np.maximum(np.maximum.accumulate(slope), tiny * tiny))
+
+    def at(self, log_price: float) -> float:
+        return float(self.grid[int(np.searchsorted(self.slopes, log_price))])
+
+
+def _fitted(
+    wanted: Mapping[Name, float], sizes: Mapping[Name, int], sparsity: Fraction, spread: float
+) -> dict[Name, Fraction]:
+    """``wanted`` shifted and rounded so that the weighted mean is ``sparsity`` to less than a weight per linear."""
+    total = sum(sizes.values())
+    floor, ceiling = max(float(sparsity) - spread, 0.0), min(float(sparsity) + spread, 1 - 1 / _GRAIN)
+    low, high = -1.0, 1.0
+    for _ in range(100):
+        shift = (low + high) / 2
+        mean = sum(sizes[k] * min(max(v + shift, floor), ceiling) for k, v in wanted.items()) / total
+        low, high = (shift, high) if mean < sparsity else (low, shift)
+    rounded = {k: Fraction(round(min(max(v + low, floor), ceiling) * _GRAIN), _GRAIN) for k, v in wanted.items()}
+    # What rounding left over goes to the largest, whose sparsity it changes least.
+    largest = max(sizes, key=lambda k: sizes[k])
+    missing = int(sparsity * total) - sum(int(sizes[k] * s) for k, s in rounded.items())
+    rounded[largest] = Fraction(int(sizes[largest] * rounded[largest]) + missing, sizes[largest])
+    return rounded
+
+
+def grid(sparsity: Fraction, spread: float, n_points: int = 3) -> list[Fraction]:
+    """Sparsities at which to measure errors for ``least_error``: evenly spaced, inside [0, 1)."""
+    low, high = max(float(sparsity) - spread, 0.0), min(float(sparsity) + spread, 1 - 1 / _GRAIN)
+    points: Sequence[float] = [low + (high - low) * i / (n_points - 1) for i in range(n_points)]
+    return [Fraction(round(p * _GRAIN), _GRAIN) for p in points]
