@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,12 +14,11 @@ from torch import nn
 from sparsify.couplings import Coupling, couplings, fold_attention, fold_mlp
 from sparsify.errors import ModelError, NumericsError
 from sparsify.hidden import Calls, HiddenFile
-from sparsify.layer import Outcome, prune_layer
+from sparsify.layer import Outcome, prune_layer, salience, seed_of
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
 from sparsify.permute import inverse, search
 from sparsify.progress import Progress
-from sparsify.scores import SCORES
 from sparsify.solvers.quadratic import Gram, relative_error, retarget
 from sparsify.stats import InputStats, Wanted
 from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
@@ -269,14 +267,11 @@ class BlockPruner:
         return found
 
     def _salience(self, spec: LinearSpec, stats: InputStats, grams: dict[int, Gram]) -> torch.Tensor:
-        """[out, in], what each weight is worth: the plan's score, or for a solver's own mask w² / [G⁻¹]_jj (OBS)."""
+        """[out, in], what each weight of a linear is worth."""
         weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
         gram = self._gram(stats, grams, spec)
         aim, _ = self._target(spec, weight, stats, gram)
-        if self.plan.score != "own":
-            return SCORES[self.plan.score](aim, stats, self.plan, self._seed(spec))
-        assert gram is not None
-        return aim.square() / gram.inverse.diagonal().float()
+        return salience(aim, stats, gram, self.plan, seed_of(spec.name, self.seed))
 
     def _search(self, score: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
         pattern = self.patterns[spec.name]
@@ -353,7 +348,7 @@ class BlockPruner:
         perm: torch.Tensor | None,
     ) -> Outcome:
         """The outcome in the model's order of inputs, with the pattern in that of ``perm``."""
-        seed, plan = self._seed(spec), self.plan
+        seed, plan = seed_of(spec.name, self.seed), self.plan
         if plan.refine in ("dsnot", "r2-dsnot") and fnmatchcase(spec.name, plan.setting("dsnot.skip")):
             plan = replace(plan, refine="none")
         if perm is None or stats is None:
@@ -385,10 +380,6 @@ class BlockPruner:
             self.plan.setting("aim.residual_share") if self.plan.aim == "residual" else 0.0,
         )
         return target, "dense" if shift is None else "residual"
-
-    def _seed(self, spec: LinearSpec) -> int:
-        # By name: the same draw whatever else is pruned, and in whatever order.
-        return zlib.crc32(spec.name.encode(), self.seed & 0xFFFFFFFF)
 
 
 def _relative_error(dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None) -> float:

@@ -172,3 +172,42 @@ def _permute_rows(model: Any, spec: LinearSpec, perm: torch.Tensor, start: int) 
         if bias is not None:
             part = bias.data[start : start + len(perm)]
             part.copy_(part[perm.to(part.device)])
+
+
+# Families whose blocks are x + o(attention(norm(x))) and x + down(f(norm(x))) with these names, norms of the stream
+# being the modules called ...layernorm; nothing else in them sees the stream.
+_STREAM = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"})
+_READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_WRITERS = ("o_proj", "down_proj")
+
+
+def reads_residual(skeleton: Skeleton, spec: LinearSpec) -> bool:
+    """Whether a linear's input is the (normalised) residual stream.
+
+    Raises:
+        UsageError: an architecture for which that is not known.
+    """
+    model_type = skeleton.config["model_type"]
+    if model_type not in _STREAM:
+        raise UsageError(
+            f"permute residual: not known for model type {model_type} (known: {', '.join(sorted(_STREAM))}); "
+            "use --set permute=fold"
+        )
+    return spec.name.endswith(_READERS)
+
+
+def in_stream_order(skeleton: Skeleton, perm: torch.Tensor, name: str, value: torch.Tensor) -> torch.Tensor:
+    """The parameter ``name`` for a residual stream whose channels are in the order ``perm`` [width].
+
+    Embeddings, norms, readers, writers and head all follow, so that the model computes what it did.
+    """
+    module, _, kind = name.rpartition(".")
+    leaf = module.rpartition(".")[2]
+    embeddings = skeleton.model.get_input_embeddings(), skeleton.model.get_output_embeddings()
+    reads = leaf in _READERS or any(skeleton.model.get_submodule(module) is other for other in embeddings)
+    if reads and kind == "weight":
+        return value[:, perm.to(value.device)]
+    norm = leaf == "norm" or leaf.endswith("layernorm")
+    if leaf in _WRITERS or norm:
+        return value[perm.to(value.device)]
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,6 +106,24 @@ def prune_layer(
         for v in (weight.float().masked_fill(~keep, 0), solved)
     )
     return Outcome(solved, before, after, n_iter, _summary(statuses))
+
+
+def salience(
+    weight: torch.Tensor, stats: InputStats | None, gram: Gram | None, plan: Method, seed: int = 0
+) -> torch.Tensor:
+    """[out, in], what each weight is worth: the plan's score, or for a solver's own mask w² / [A⁻¹]_jj.
+
+    The latter is twice the loss of removing that weight alone with all others optimal (OBS), A the damped Gram matrix.
+    """
+    if plan.score != "own":
+        return SCORES[plan.score](weight, stats, plan, seed)
+    assert gram is not None
+    return weight.float().square() / gram.inverse.diagonal().float()
+
+
+def seed_of(name: str, seed: int) -> int:
+    """A seed for the linear ``name``: the same draw whatever else is pruned, and in whatever order."""
+    return zlib.crc32(name.encode(), seed & 0xFFFFFFFF)
 
 
 def _summary(statuses: list[str]) -> str:

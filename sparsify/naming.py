@@ -8,7 +8,7 @@ used here in both directions so that the pruned checkpoint has the tensors of it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,8 @@ class Binding:
         self._check()
         self._notice_unused()
         self._transposed = {spec.parameter for block in skeleton.linears for spec in block if spec.transposed}
+        # Set by the driver where parameters are to be read in another order of channels.
+        self.reorder: Callable[[str, torch.Tensor], torch.Tensor] | None = None
         self._by_owner: dict[str, list[str]] = {}
         for name, origin in self._origins.items():
             self._by_owner.setdefault(self._owner(origin.parameter), []).append(name)
@@ -180,6 +182,8 @@ class Binding:
         for name, tensor in sorted(self.reader.read(names), key=lambda item: dot_natural_key(item[0])):
             origin = self._origins[name]
             self._refuse_nan(name, origin.parameter, tensor)
+            if self.reorder is not None:
+                tensor = self.reorder(origin.parameter, tensor)
             value = tensor.to(device=device, dtype=dtype) if tensor.is_floating_point() else tensor.to(device)
             if origin.source_pattern is None:
                 # A copy even where nothing changes: the mapped file must not be written through.
@@ -227,6 +231,8 @@ class Binding:
         tensors = dict(self.reader.read(names))
         for name, tensor in tensors.items():
             self._refuse_nan(name, name, tensor)
+            if self.reorder is not None and name in self._origins:
+                tensors[name] = self.reorder(self._origins[name].parameter, tensor)
         return tensors
 
     def load_surroundings(self, dtype: torch.dtype, device: str) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sparsify.checkpoint import (
     write_permutations,
     write_shard,
 )
+from sparsify.couplings import in_stream_order
 from sparsify.data import Windows, load_windows
 from sparsify.errors import UsageError
 from sparsify.files import Staging, sha256_file, staging_folder, stamps, write_json
@@ -38,7 +40,7 @@ from sparsify.naming import Binding
 from sparsify.progress import Progress, Silent
 from sparsify.recipe import DEFAULT_CALIBRATION, Recipe
 from sparsify.source import Source
-from sparsify.survey import allocated
+from sparsify.survey import Survey, allocated, residual_order
 from sparsify.types import LinearSpec, Pattern, PrunedLinear, Unstructured
 
 # Hidden states, in pairs of files that swap roles from block to block.
@@ -102,7 +104,7 @@ def prune(
         torch.inference_mode(),
     ):
         run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, progress, began)
-        run.allocate()
+        run.survey()
         run.blocks()
         run.finish()
         staging.commit()
@@ -208,30 +210,29 @@ class _Run:
         self.state["hidden"] = hidden
         self.staging.save(self.state)
 
-    # --- allocation ------------------------------------------------------------------------------------------------
+    # --- before the first block ------------------------------------------------------------------------------------
 
-    def allocate(self) -> None:
-        """Give linears their own sparsities, where the method does; measured once, and kept with the run's state."""
-        plan = self.recipe.plan
-        base = self.recipe.parsed
-        if plan.allocate == "uniform" or self.windows is None or not isinstance(base, Unstructured):
+    def survey(self) -> None:
+        """Decide over the dense model what has to be decided for all blocks at once; kept with the run's state."""
+        if self.windows is None:
             return
-        if self.state["allocation"] is None:
-            found = allocated(
-                self.binding,
-                plan,
-                self.patterns,
-                base.sparsity,
-                torch.from_numpy(self.windows.ids),
-                self.folder,
-                dtype=self.dtype,
-                device=self.device,
-                progress=self.progress,
-            )
-            self.state["allocation"] = {name: str(sparsity) for name, sparsity in found.items()}
-            self.staging.save(self.state)
-        for name, text in self.state["allocation"].items():
-            self.patterns[name] = Unstructured(Fraction(text), base.group)
+        plan, base = self.recipe.plan, self.recipe.parsed
+        ids = torch.from_numpy(self.windows.ids)
+        survey = Survey(self.binding, plan, ids, self.folder, self.dtype, self.device, self.progress)
+        if plan.allocate != "uniform" and isinstance(base, Unstructured):
+            if self.state["allocation"] is None:
+                found = allocated(survey, self.patterns, base.sparsity)
+                self.state["allocation"] = {name: str(sparsity) for name, sparsity in found.items()}
+                self.staging.save(self.state)
+            for name, text in self.state["allocation"].items():
+                self.patterns[name] = Unstructured(Fraction(text), base.group)
+        if plan.permute == "residual":
+            path = self.folder / _ORDERS.format("residual")
+            if not path.exists():
+                write_permutations(path, {"residual": residual_order(survey, self.patterns, self.recipe.seed)})
+                self.staging.save(self.state)
+            perm = read_permutations(path)["residual"]
+            self.binding.reorder = partial(in_stream_order, self.skeleton, perm)
 
     # --- blocks ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +376,7 @@ class _Run:
 
     def _join_orders(self) -> None:
         """Put the orders of inputs that blocks left into ``sparsify.perm``, int32 [in] by linear name."""
-        parts = [self.folder / _ORDERS.format(index) for index in range(self.skeleton.n_blocks)]
+        parts = [self.folder / _ORDERS.format(index) for index in ("residual", *range(self.skeleton.n_blocks))]
         parts = [path for path in parts if path.exists()]
         orders = {name: perm for path in parts for name, perm in read_permutations(path).items()}
         if orders:

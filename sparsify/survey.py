@@ -1,141 +1,186 @@
-"""A pass over the dense model before anything is pruned, to decide how much each linear gives."""
+"""Passes over the dense model before anything is pruned: how much each linear gives, in which order channels stand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsify import allocate
+from sparsify.couplings import reads_residual
+from sparsify.errors import UsageError
 from sparsify.hidden import Calls, HiddenFile, enter
+from sparsify.layer import salience, seed_of
+from sparsify.memory import return_freed_memory
 from sparsify.methods import Method
 from sparsify.model import weight_view
 from sparsify.naming import Binding
+from sparsify.permute import search
 from sparsify.progress import Progress
 from sparsify.solvers.quadratic import Gram, relative_error
 from sparsify.solvers.sparsegpt import sparsegpt
 from sparsify.stats import InputStats, Wanted
-from sparsify.types import LinearSpec, Pattern, Unstructured
+from sparsify.types import LinearSpec, NofM, Pattern, Unstructured
 from sparsify.watch import collect
 
 _HIDDEN = ("survey.0", "survey.1")
+# Rows of the sample from which the order of the residual stream is sought.
+_ROWS = 32768
+
+Visitor = Callable[[int, LinearSpec, torch.Tensor, InputStats, Gram | None], None]
 
 
-def allocated(
-    binding: Binding,
-    plan: Method,
-    patterns: dict[str, Pattern],
-    sparsity: Fraction,
-    ids: torch.Tensor,
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    device: str,
-    progress: Progress,
-) -> dict[str, Fraction]:
-    """The sparsity of every linear whose pattern asks for ``sparsity``, so that together they meet it.
+@dataclass(frozen=True)
+class Survey:
+    """What a pass over the dense model needs.
 
-    ``owl`` counts outliers per block; ``error`` measures the output error of SparseGPT at a few sparsities per linear.
-    One block is in memory at a time; nothing of the model is changed.
-
-    Args:
+    Attributes:
         binding: the checkpoint.
-        plan: the method; its ``allocate`` is not ``uniform``.
-        patterns: linear name -> pattern as the recipe has it.
-        sparsity: to allocate.
+        plan: the method.
         ids: calibration tokens, [windows, length].
         folder: for hidden states while it runs.
         dtype: of the forward passes.
         device: where they run.
         progress: receives a step for every window and linear.
+    """
+
+    binding: Binding
+    plan: Method
+    ids: torch.Tensor
+    folder: Path
+    dtype: torch.dtype
+    device: str
+    progress: Progress
+
+    def visit(self, title: str, chosen: list[list[LinearSpec]], wanted: Wanted, see: Visitor) -> None:
+        """Show ``see`` every linear of ``chosen`` (by block) with the statistics of its inputs in the dense model.
+
+        One block is in memory at a time; nothing of the model is changed.
+
+        Raises:
+            ModelError, NumericsError: as pruning does.
+        """
+        skeleton, device = self.binding.skeleton, self.device
+        last = max((index for index, specs in enumerate(chosen) if specs), default=-1)
+        steps = [len(self.ids) * (bool(specs) + (i < last)) + len(specs) for i, specs in enumerate(chosen)]
+        self.progress.stage(title, sum(steps))
+        pair = self.folder / _HIDDEN[0], self.folder / _HIDDEN[1]
+        calls, [files] = enter(self.binding, self.ids, [pair], self.dtype, device, resume=False)
+        for index, specs in enumerate(chosen[: last + 1]):
+            block = self.binding.load_block(index, self.dtype, device)
+            if specs:
+                with collect(block, skeleton.prefix(index), specs, wanted) as collector:
+                    for hidden in files[index % 2].windows(device):
+                        with collector.window():
+                            calls.run(block, index, hidden)
+                        self.progress.advance()
+                stats = collector.result(specs)
+                grams: dict[int, Gram] = {}
+                for spec in specs:
+                    weight = weight_view(skeleton.model.get_parameter(spec.parameter), spec).float()
+                    see(index, spec, weight, stats[spec.name], self._gram(stats[spec.name], grams))
+                    self.progress.advance()
+            if index < last:
+                files[(index + 1) % 2].write(self._outputs(block, index, calls, files[index % 2]))
+            self.binding.unload(block)
+            return_freed_memory()
+        for path in pair:
+            path.unlink(missing_ok=True)
+
+    def _gram(self, stats: InputStats, made: dict[int, Gram]) -> Gram | None:
+        if stats.gram is None:
+            return None
+        if id(stats) not in made:
+            matrix = stats.gram if stats.n_tokens else torch.eye(len(stats.gram), device=stats.gram.device)
+            made[id(stats)] = Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
+        return made[id(stats)]
+
+    def _outputs(self, block: nn.Module, index: int, calls: Calls, file: HiddenFile) -> Iterator[torch.Tensor]:
+        for hidden in file.windows(self.device):
+            yield calls.run(block, index, hidden)
+            self.progress.advance()
+
+
+def allocated(survey: Survey, patterns: dict[str, Pattern], sparsity: Fraction) -> dict[str, Fraction]:
+    """The sparsity of every linear whose pattern asks for ``sparsity``, so that together they meet it.
+
+    ``owl`` counts outliers per block; ``error`` measures the output error of SparseGPT at a few sparsities per linear.
+
+    Args:
+        survey: the model; its method's ``allocate`` is not ``uniform``.
+        patterns: linear name -> pattern as the recipe has it.
+        sparsity: to allocate.
 
     Raises:
         ModelError, NumericsError: as pruning does.
     """
-    skeleton = binding.skeleton
-    chosen = [[spec for spec in block if _asks(patterns.get(spec.name), sparsity)] for block in skeleton.linears]
-    last = max((index for index, specs in enumerate(chosen) if specs), default=-1)
-    steps = [len(ids) * (bool(specs) + (i < last)) + len(specs) for i, specs in enumerate(chosen)]
-    progress.stage("allocating sparsity", sum(steps))
-    calls, [files] = enter(
-        binding, ids, [(folder / _HIDDEN[0], folder / _HIDDEN[1])], dtype, device, resume=False
-    )  # fmt: skip
-    by_outliers, by_error = _Outliers(plan), _Errors(plan, sparsity)
-    for index, specs in enumerate(chosen[: last + 1]):
-        block = binding.load_block(index, dtype, device)
-        if specs:
-            with collect(block, skeleton.prefix(index), specs, Wanted(gram=plan.allocate == "error")) as collector:
-                for hidden in files[index % 2].windows(device):
-                    with collector.window():
-                        calls.run(block, index, hidden)
-                    progress.advance()
-            stats = collector.result(specs)
-            grams: dict[int, Gram] = {}
-            for spec in specs:
-                weight = weight_view(skeleton.model.get_parameter(spec.parameter), spec).float()
-                if plan.allocate == "owl":
-                    by_outliers.add(index, weight, stats[spec.name])
-                else:
-                    by_error.add(spec, weight, stats[spec.name], grams)
-                progress.advance()
-        if index < last:
-            files[(index + 1) % 2].write(_outputs(block, index, calls, files[index % 2], device, progress))
-        binding.unload(block)
-    for name in _HIDDEN:
-        (folder / name).unlink(missing_ok=True)
+    plan = survey.plan
+    chosen = [[s for s in block if _asks(patterns.get(s.name), sparsity)] for block in survey.binding.skeleton.linears]
+    counts: dict[int, tuple[int, int]] = {}
+    curves: dict[str, allocate.Curve] = {}
+    points = allocate.grid(sparsity, plan.setting("error.spread"))
+
+    def see(index: int, spec: LinearSpec, weight: torch.Tensor, stats: InputStats, gram: Gram | None) -> None:
+        if gram is None:
+            found, total = allocate.outliers(weight, stats, plan.setting("owl.outlier"))
+            before = counts.get(index, (0, 0))
+            counts[index] = before[0] + found, before[1] + total
+        else:
+            errors = [
+                relative_error(weight, sparsegpt(weight, gram, Unstructured(s), group=plan.group).weight, gram.matrix)
+                for s in points
+            ]
+            curves[spec.name] = allocate.Curve(weight.numel(), tuple(map(float, points)), tuple(errors))
+
+    survey.visit("allocating sparsity", chosen, Wanted(gram=plan.allocate == "error"), see)
     if plan.allocate == "error":
-        return allocate.least_error(by_error.curves, sparsity, plan.setting("error.spread"))
-    shares = by_outliers.result(sparsity)
+        return allocate.least_error(curves, sparsity, plan.setting("error.spread"))
+    ratios = {index: found / total for index, (found, total) in counts.items()}
+    sizes = {index: total for index, (_, total) in counts.items()}
+    shares = allocate.owl(ratios, sizes, sparsity, plan.setting("owl.spread"))
     return {spec.name: shares[index] for index, specs in enumerate(chosen) for spec in specs}
+
+
+def residual_order(survey: Survey, patterns: dict[str, Pattern], seed: int) -> torch.Tensor:
+    """One order of the residual stream's channels, for all linears with N:M that read it; perm [width].
+
+    What each weight is worth is taken from a seeded sample of the rows of every reader, at most ``_ROWS`` in all, since
+    the whole is as large as the model.
+
+    Raises:
+        UsageError: an architecture whose stream is not known, or readers with different patterns.
+        ModelError, NumericsError: as pruning does.
+    """
+    skeleton, plan = survey.binding.skeleton, survey.plan
+    chosen = [
+        [s for s in block if reads_residual(skeleton, s) and isinstance(patterns.get(s.name), NofM)]
+        for block in skeleton.linears
+    ]
+    found = {pattern for block in chosen for s in block if isinstance(pattern := patterns[s.name], NofM)}
+    if len(found) != 1:
+        raise UsageError("permute residual: its readers need one N:M pattern; use --set permute=fold")
+    share = max(_ROWS // sum(map(len, chosen)), 1)
+    sample: list[torch.Tensor] = []
+
+    def see(_index: int, spec: LinearSpec, weight: torch.Tensor, stats: InputStats, gram: Gram | None) -> None:
+        own_seed = seed_of(spec.name, seed)
+        worth = salience(weight, stats, gram, plan, own_seed)
+        rows = torch.randperm(len(worth), generator=torch.Generator().manual_seed(own_seed))[:share]
+        # Every linear counts the same, whatever the size of its weights and inputs.
+        sample.append(worth[rows.to(worth.device)] / worth.mean().clamp_min(torch.finfo(worth.dtype).tiny))
+
+    survey.visit("ordering the residual stream", chosen, Wanted(gram=plan.needs_gram), see)
+    [pattern] = found
+    parts = gcd(plan.setting("permute.parts"), sample[0].shape[1] // pattern.m)
+    return search(
+        torch.cat(sample), pattern, n_sweeps=plan.setting("permute.sweeps"), n_parts=parts, seed=seed
+    ).perm.cpu()
 
 
 def _asks(pattern: Pattern | None, sparsity: Fraction) -> bool:
     return isinstance(pattern, Unstructured) and pattern.sparsity == sparsity
-
-
-def _outputs(
-    block: nn.Module, index: int, calls: Calls, file: HiddenFile, device: str, progress: Progress
-) -> Iterator[torch.Tensor]:
-    for hidden in file.windows(device):
-        yield calls.run(block, index, hidden)
-        progress.advance()
-
-
-class _Outliers:
-    """Counts for ``owl``."""
-
-    def __init__(self, plan: Method) -> None:
-        self._multiple: float = plan.setting("owl.outlier") if plan.allocate == "owl" else 0.0
-        self._spread: float = plan.setting("owl.spread") if plan.allocate == "owl" else 0.0
-        self._counts: dict[int, tuple[int, int]] = {}
-
-    def add(self, index: int, weight: torch.Tensor, stats: InputStats) -> None:
-        found, total = allocate.outliers(weight, stats, self._multiple)
-        before = self._counts.get(index, (0, 0))
-        self._counts[index] = before[0] + found, before[1] + total
-
-    def result(self, sparsity: Fraction) -> dict[int, Fraction]:
-        ratios = {index: found / total for index, (found, total) in self._counts.items()}
-        return allocate.owl(ratios, {i: total for i, (_, total) in self._counts.items()}, sparsity, self._spread)
-
-
-class _Errors:
-    """Curves for ``error``."""
-
-    def __init__(self, plan: Method, sparsity: Fraction) -> None:
-        self._plan = plan
-        self._grid = allocate.grid(sparsity, plan.setting("error.spread")) if plan.allocate == "error" else []
-        self.curves: dict[str, allocate.Curve] = {}
-
-    def add(self, spec: LinearSpec, weight: torch.Tensor, stats: InputStats, grams: dict[int, Gram]) -> None:
-        assert stats.gram is not None
-        matrix = stats.gram if stats.n_tokens else torch.eye(spec.in_features, device=weight.device)
-        gram = grams.setdefault(id(stats), Gram(matrix, stats.n_tokens, self._plan.setting("damping")))
-        errors = tuple(
-            relative_error(weight, sparsegpt(weight, gram, Unstructured(s), group=self._plan.group).weight, gram.matrix)
-            for s in self._grid
-        )
-        self.curves[spec.name] = allocate.Curve(weight.numel(), tuple(map(float, self._grid)), errors)
