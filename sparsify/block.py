@@ -27,6 +27,9 @@ from sparsify.watch import Tape, collect, keys, stream_places, watch
 # Tokens per channel below which a solver is said to have little to go by.
 _TOKENS_PER_CHANNEL = 4
 
+# By the identity of the statistics, which are kept beside their matrix so that it stays theirs.
+Grams = dict[int, tuple[InputStats, Gram]]
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -99,7 +102,7 @@ class BlockPruner:
             NumericsError: NaN or Inf in activations, or a Gram matrix that stays singular.
         """
         if streams is None:
-            return [self._prune_linear(spec, None, None) for spec in specs], {}
+            return self._prune_group(index, specs, {spec.name: None for spec in specs})
         # Dense weights are needed beside the pruned ones as long as later groups are compared with them.
         reference = deepcopy(block) if self.plan.aim != "own" else None
         places: dict[str, str] = {}
@@ -113,23 +116,35 @@ class BlockPruner:
                     "aim residual: this architecture adds no linear's output to the residual stream as it is; "
                     "its aim is dense"
                 )
-        rows: dict[str, PrunedLinear] = {}
+        rows: list[PrunedLinear] = []
         orders: dict[str, torch.Tensor] = {}
         for group in self._groups(block, index, specs, streams):
-            stats = self._collect(block, reference, index, group, streams, places)
-            grams: dict[int, Gram] = {}
-            permuted = self._reorder(index, group, stats, grams)
-            for spec in group:
-                entry, gram = stats[spec.name], self._gram(stats[spec.name], grams, spec)
-                inside, kind = None, "no"
-                if spec.name in permuted:
-                    order, kind = permuted[spec.name]
-                    orders[spec.name] = order.cpu()
-                    # Folded, the linear has that order already.
-                    inside = order if kind == "recorded" else None
-                rows[spec.name] = replace(self._prune_linear(spec, entry, gram, inside), permuted=kind)
+            found, permuted = self._prune_group(
+                index, group, dict(self._collect(block, reference, index, group, streams, places))
+            )
+            rows += found
+            orders |= permuted
+        place = {spec.name: i for i, spec in enumerate(specs)}
+        return sorted(rows, key=lambda row: place[row.name]), orders
+
+    def _prune_group(
+        self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None]
+    ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
+        grams: Grams = {}
+        permuted = self._reorder(index, specs, stats, grams)
+        rows = []
+        for spec in specs:
+            entry = stats[spec.name]
+            inside, kind = None, "no"
+            if spec.name in permuted:
+                # Folded, the linear has that order already.
+                order, kind = permuted[spec.name]
+                inside = order if kind == "recorded" else None
+            row = self._prune_linear(spec, entry, self._gram(entry, grams, spec), inside)
+            rows.append(replace(row, permuted=kind))
+            if entry is not None:
                 self.progress.advance()
-        return [rows[spec.name] for spec in specs], orders
+        return rows, {name: order.cpu() for name, (order, _) in permuted.items()}
 
     def _tell(self, notice: str) -> None:
         if notice not in self._told:
@@ -211,9 +226,9 @@ class BlockPruner:
                 "their inputs count as equal (use more calibration text)"
             )
 
-    def _gram(self, stats: InputStats, made: dict[int, Gram], spec: LinearSpec) -> Gram | None:
+    def _gram(self, stats: InputStats | None, made: Grams, spec: LinearSpec) -> Gram | None:
         """The Gram matrix with its factorisations, made once for the linears that share it."""
-        if stats.gram is None:
+        if stats is None or stats.gram is None:
             return None
         if id(stats) not in made:
             matrix = stats.gram
@@ -225,13 +240,13 @@ class BlockPruner:
                     f"{spec.name}: {stats.n_tokens} calibration tokens for {len(matrix)} inputs, which fits them and "
                     f"little else; ten times as many as inputs are advised (--windows {wanted})"
                 )
-            made[id(stats)] = Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
-        return made[id(stats)]
+            made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
+        return made[id(stats)][1]
 
     # --- the order of inputs ---------------------------------------------------------------------------------------
 
     def _reorder(
-        self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats], grams: dict[int, Gram]
+        self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None], grams: Grams
     ) -> dict[str, tuple[torch.Tensor, str]]:
         """Seek an order of the inputs of each linear with N:M; fold it where that is wanted and possible.
 
@@ -250,23 +265,25 @@ class BlockPruner:
         for spec in grouped:
             if spec.name not in folds:
                 continue
-            perm = self._fold(folds[spec.name], scores.pop(spec.name))
+            perm = self._fold(folds[spec.name], scores[spec.name])
             if perm is not None:
                 found[spec.name] = perm, "folded"
-                stats[spec.name] = stats[spec.name].permuted(perm)
+                entry = stats[spec.name]
+                stats[spec.name] = None if entry is None else entry.permuted(perm)
         if plan.permute in ("gather", "simulate"):
             # One order per input, so that one gather serves all that read it; or one each, as the paper evaluates it.
             shared: dict[Any, list[LinearSpec]] = {}
             for spec in grouped:
-                if spec.name in scores:
-                    key = (id(stats[spec.name]), self.patterns[spec.name]) if plan.permute == "gather" else spec.name
+                if spec.name not in found:
+                    together = plan.permute == "gather" and stats[spec.name] is not None
+                    key = (id(stats[spec.name]), self.patterns[spec.name]) if together else spec.name
                     shared.setdefault(key, []).append(spec)
             for members in shared.values():
                 perm = self._search(torch.cat([scores[spec.name] for spec in members]), members[0])
                 found |= {spec.name: (perm, "recorded") for spec in members}
         return found
 
-    def _salience(self, spec: LinearSpec, stats: InputStats, grams: dict[int, Gram]) -> torch.Tensor:
+    def _salience(self, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor:
         """[out, in], what each weight of a linear is worth."""
         weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
         gram = self._gram(stats, grams, spec)
@@ -294,6 +311,8 @@ class BlockPruner:
         pattern = self.patterns[spec.name]
         assert isinstance(pattern, NofM)
         if heads.head_dim % pattern.m:
+            if self.plan.permute == "gather":
+                return None
             self._tell(
                 f"{spec.name}: heads of {heads.head_dim} are no multiple of {pattern.m}; its inputs stay in order"
             )
@@ -351,11 +370,11 @@ class BlockPruner:
         seed, plan = seed_of(spec.name, self.seed), self.plan
         if plan.refine in ("dsnot", "r2-dsnot") and fnmatchcase(spec.name, plan.setting("dsnot.skip")):
             plan = replace(plan, refine="none")
-        if perm is None or stats is None:
+        if perm is None:
             return prune_layer(aim, stats, gram, self.patterns[spec.name], plan, seed=seed, length=self.length)
         outcome = prune_layer(
             aim[:, perm],
-            stats.permuted(perm),
+            None if stats is None else stats.permuted(perm),
             None if gram is None else gram.permuted(perm),
             self.patterns[spec.name],
             plan,

@@ -194,7 +194,7 @@ def read_permutations(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         orders = load(path.read_bytes())
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: not readable ({error}); prune again") from None
     for name, perm in orders.items():
         if (

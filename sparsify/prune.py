@@ -143,6 +143,11 @@ def _damage(folder: Path, state: Any) -> str | None:
             return f"{block['file']} is truncated"
         for row in block["linears"]:
             PrunedLinear(**row)
+    # They are joined into one file at the very end, and then gone.
+    parts = [] if (folder / manifest.PERMUTATIONS).exists() else [block["orders"] for block in state["blocks"]]
+    for part in filter(None, parts):
+        if file_crc32(folder / part["file"]) != part["crc32"] or Path(part["file"]).name != part["file"]:
+            return f"{part['file']} is not what was written"
     for hidden in state["hidden"]:
         if file_crc32(folder / hidden["file"]) != hidden["crc32"] or Path(hidden["file"]).name != hidden["file"]:
             return f"{hidden['file']} is not what was written"
@@ -204,9 +209,13 @@ class _Run:
         self.n_resumed = len(state["blocks"])
         return state
 
-    def _commit_block(self, shard: str, rows: list[PrunedLinear], hidden: list[dict[str, Any]]) -> None:
+    def _commit_block(
+        self, shard: str, rows: list[PrunedLinear], hidden: list[dict[str, Any]], orders: dict[str, Any] | None
+    ) -> None:
         n_bytes = (self.folder / shard).stat().st_size
-        self.state["blocks"].append({"file": shard, "bytes": n_bytes, "linears": [asdict(row) for row in rows]})
+        self.state["blocks"].append(
+            {"file": shard, "bytes": n_bytes, "linears": [asdict(row) for row in rows], "orders": orders}
+        )
         self.state["hidden"] = hidden
         self.staging.save(self.state)
 
@@ -273,14 +282,16 @@ class _Run:
             if ahead and entering is not None and entering.dense is not None:
                 hidden.append(self._write_hidden(block, index, entering, entering.dense))
             rows, orders = pruner.prune(block, index, specs, entering) if specs else ([], {})
+            part = self.folder / _ORDERS.format(index)
             if orders:
-                write_permutations(self.folder / _ORDERS.format(index), orders)
+                write_permutations(part, orders)
+            found = {"file": part.name, "crc32": file_crc32(part)} if orders else None
             write_shard(self.folder / shard, self.binding.stored_form(index))
             if ahead and entering is not None and plan.inputs == "pruned":
                 hidden.append(self._write_hidden(block, index, entering, entering.pruned))
             self.binding.unload(block)
             return_freed_memory()
-            self._commit_block(shard, rows, hidden)
+            self._commit_block(shard, rows, hidden, found)
             self.progress.advance()
 
     def _steps(self, chosen: list[list[LinearSpec]], last: int) -> list[int]:
@@ -379,7 +390,8 @@ class _Run:
         parts = [self.folder / _ORDERS.format(index) for index in ("residual", *range(self.skeleton.n_blocks))]
         parts = [path for path in parts if path.exists()]
         orders = {name: perm for path in parts for name, perm in read_permutations(path).items()}
-        if orders:
+        # Where it exists, an interrupted run has joined them all and may have removed some.
+        if orders and not (self.folder / manifest.PERMUTATIONS).exists():
             write_permutations(self.folder / manifest.PERMUTATIONS, orders)
         for path in parts:
             path.unlink()

@@ -80,7 +80,7 @@ class Survey:
                             calls.run(block, index, hidden)
                         self.progress.advance()
                 stats = collector.result(specs)
-                grams: dict[int, Gram] = {}
+                grams: dict[int, tuple[InputStats, Gram]] = {}
                 for spec in specs:
                     weight = weight_view(skeleton.model.get_parameter(spec.parameter), spec).float()
                     see(index, spec, weight, stats[spec.name], self._gram(stats[spec.name], grams))
@@ -92,13 +92,13 @@ class Survey:
         for path in pair:
             path.unlink(missing_ok=True)
 
-    def _gram(self, stats: InputStats, made: dict[int, Gram]) -> Gram | None:
+    def _gram(self, stats: InputStats, made: dict[int, tuple[InputStats, Gram]]) -> Gram | None:
         if stats.gram is None:
             return None
         if id(stats) not in made:
             matrix = stats.gram if stats.n_tokens else torch.eye(len(stats.gram), device=stats.gram.device)
-            made[id(stats)] = Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
-        return made[id(stats)]
+            made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
+        return made[id(stats)][1]
 
     def _outputs(self, block: nn.Module, index: int, calls: Calls, file: HiddenFile) -> Iterator[torch.Tensor]:
         for hidden in file.windows(self.device):
