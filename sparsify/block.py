@@ -146,9 +146,10 @@ class BlockPruner:
                 self.progress.advance()
         return rows, {name: order.cpu() for name, (order, _) in permuted.items()}
 
-    def _tell(self, notice: str) -> None:
-        if notice not in self._told:
-            self._told.add(notice)
+    def _tell(self, notice: str, kind: str = "") -> None:
+        """Pass a notice on, once for all of its ``kind``."""
+        if (kind or notice) not in self._told:
+            self._told.add(kind or notice)
             self.progress.notice(notice)
 
     # --- statistics ------------------------------------------------------------------------------------------------
@@ -238,7 +239,8 @@ class BlockPruner:
                 wanted = -(-10 * len(matrix) // self.length)
                 self._tell(
                     f"{spec.name}: {stats.n_tokens} calibration tokens for {len(matrix)} inputs, which fits them and "
-                    f"little else; ten times as many as inputs are advised (--windows {wanted})"
+                    f"little else; ten times as many as inputs are advised (--windows {wanted})",
+                    f"tokens for {len(matrix)}",
                 )
             made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
         return made[id(stats)][1]
@@ -343,6 +345,8 @@ class BlockPruner:
         status = outcome.status
         if stats is not None and stats.n_tokens == 0:
             status = "fallback: no calibration token came here, all inputs counted as equal"
+        elif status.startswith("fallback"):
+            self._tell(f"{spec.name}: {status} (and so where the manifest says it)", status.partition(",")[0])
         return PrunedLinear(
             name=spec.name,
             shape=(spec.out_features, spec.in_features),

@@ -1,0 +1,204 @@
+"""Every method end to end on tiny models: what is written, what is recorded, what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from sparsify import manifest
+from sparsify.checkpoint import CheckpointReader
+from sparsify.methods import METHODS, PARTS, SETTINGS, resolve
+from sparsify.prune import prune
+from sparsify.recipe import Recipe
+from sparsify.source import Source
+from sparsify.verify import verify
+from tests import conftest
+
+
+class Notices:
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.total = self.done = 0
+
+    def stage(self, name: str, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+
+    def notice(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def source(folder: Path) -> Source:
+    return Source(folder.name, folder, "folder")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    reader = CheckpointReader(folder)
+    return dict(reader.read(reader.tensors))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "phi3"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_every_method_prunes_every_kind_of_block(
+    method: str, model_type: str, pattern: str, random_models: Callable[[str], Path], ids_file: str, tmp_path: Path
+) -> None:
+    if method == "ria-cp" and pattern == "0.5":
+        pytest.skip("refused: the order of inputs matters to N:M only")
+    progress = Notices()
+    recipe = Recipe(pattern, method, calibration=ids_file)
+    out = prune(source(random_models(model_type)), recipe, tmp_path / "out", progress=progress)
+    body, problems = verify(out)
+    assert not problems
+    plan = recipe.plan
+    for row in body["linears"]:
+        assert (row["objective"] is not None) == plan.needs_gram
+        if row["objective"] is not None and plan.solver in ("alps", "mrp", "sparsegpt", "fista"):
+            # With 96 tokens the damped problem is not the measured one; weights must have helped all the same.
+            assert row["objective"] <= 1.1 * row["objective_before"] + 1e-6
+        assert row["status"] in ("exact", "converged", "max_iter") or row["status"].startswith("fallback")
+    assert body["coverage"]["zeros"] >= 0.49 * body["coverage"]["selected"]
+    assert progress.done == progress.total or plan.order == "group"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize("method", ["best", "fistapruner", "ria-cp"])
+def test_an_interrupted_run_ends_in_the_same_bits(
+    method: str, llama: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsify import block
+
+    recipe = Recipe("2:4", method, calibration=ids_file)
+    whole = prune(source(llama), recipe, tmp_path / "whole")
+    original = block.BlockPruner._prune_linear
+
+    def fail(self: Any, spec: Any, *rest: Any) -> Any:
+        if ".1.self_attn.o_proj" in spec.name:
+            raise KeyboardInterrupt
+        return original(self, spec, *rest)
+
+    monkeypatch.setattr(block.BlockPruner, "_prune_linear", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prune(source(llama), recipe, tmp_path / "out")
+    monkeypatch.undo()
+    out = prune(source(llama), recipe, tmp_path / "out")
+    assert json.loads((out / manifest.RUN).read_text())["blocks_resumed"] == 1
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != manifest.RUN} == {
+        p.name: p.read_bytes() for p in whole.iterdir() if p.name != manifest.RUN
+    }
+
+
+def test_blocks_with_dense_inputs_are_independent(llama: Path, ids_file: str, tmp_path: Path) -> None:
+    both = tensors(prune(source(llama), Recipe("2:4", "fistapruner", calibration=ids_file), tmp_path / "both"))
+    for index in (0, 1):
+        recipe = Recipe("2:4", "fistapruner", calibration=ids_file, include=(f"model.layers.{index}.*",))
+        alone = tensors(prune(source(llama), recipe, tmp_path / str(index)))
+        names = [name for name in both if f"layers.{index}." in name]
+        assert len(names) >= 7
+        assert all(torch.equal(both[name], alone[name]) for name in names)
+
+
+@pytest.mark.parametrize("change", [{"refit": "cg"}, {"refit": "exact"}, {"refine": "swaps"}])
+def test_parts_can_be_replaced_and_help(change: dict[str, str], stories: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"ids": torch.randint(3, 512, (16, 64), generator=torch.Generator().manual_seed(2))}, tmp_path / "ids")
+    ids = f"{tmp_path / 'ids'}:ids"
+    ids_path = tmp_path / "ids.safetensors"
+    (tmp_path / "ids").rename(ids_path)
+    ids = f"{ids_path}:ids"
+    plain = manifest.read(prune(source(stories), Recipe("2:4", "wanda", calibration=ids, settings={}), tmp_path / "a"))
+    changed = manifest.read(prune(source(stories), Recipe("2:4", "wanda", calibration=ids, **change), tmp_path / "b"))  # type: ignore[arg-type]
+    first = {row["name"]: row for row in changed["linears"] if ".layers.0." in row["name"]}
+    assert len(first) == 7
+    assert all(row["objective"] <= row["objective_before"] + 1e-7 for row in first.values())
+    assert plain["linears"][0]["objective"] is None
+
+
+def test_fewer_tokens_than_channels_are_noticed_with_the_number_needed(
+    llama: Path, ids_file: str, tmp_path: Path
+) -> None:
+    progress = Notices()
+    prune(source(llama), Recipe("2:4", "sparsegpt", calibration=ids_file), tmp_path / "out", progress=progress)
+    assert sum("--windows 14" in text and "96 calibration tokens for 32 inputs" in text for text in progress.texts) == 1
+
+
+def test_a_singular_gram_is_said(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"ids": torch.full((1, 4), 7)}, tmp_path / "ids.safetensors")
+    recipe = Recipe("2:4", "sparsegpt", calibration=f"{tmp_path}/ids.safetensors:ids", settings={"damping": 0})
+    progress = Notices()
+    body = manifest.read(prune(source(llama), recipe, tmp_path / "out", progress=progress))
+    raised = [row for row in body["linears"] if row["status"].startswith("fallback: damping raised")]
+    assert raised
+    assert any("damping raised" in text for text in progress.texts)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
+def test_one_row_and_one_column(shape: tuple[int, int]) -> None:
+    from sparsify.layer import prune_layer
+    from sparsify.solvers.quadratic import Gram
+    from sparsify.stats import InputStats
+    from sparsify.types import parse_pattern
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    x = torch.randn(200, shape[1], generator=generator)
+    stats = InputStats(x.square().sum(0), 200, x.sum(0), x.T @ x)
+    for name in METHODS:
+        if name == "ria-cp":
+            continue
+        plan = resolve(name, {}, {}, grouped=False)
+        outcome = prune_layer(weight, stats, Gram(x.T @ x, 200), parse_pattern("0.5"), plan)
+        per_row = plan.group == "row"
+        expected = shape[0] * int(shape[1] * 0.5) if per_row else weight.numel() // 2
+        assert int((outcome.weight == 0).sum()) == expected, name
+
+
+def test_every_choice_is_used_by_a_method_or_reachable_and_every_setting_belongs_to_a_part() -> None:
+    for name, setting in SETTINGS.items():
+        part, _, values = setting.part.partition("=")
+        assert part == "gram" or part in PARTS, name
+        assert all(value in PARTS[part] for value in values.split("|") if values)
+        assert setting.help
+    for plan in METHODS.values():
+        assert all(getattr(plan, part) in choices for part, choices in PARTS.items())
+        assert all(name in SETTINGS for name in plan.settings)
+
+
+def test_settings_of_unused_parts_do_not_reach_the_manifest(llama: Path, ids_file: str, tmp_path: Path) -> None:
+    out = prune(source(llama), Recipe("0.5", "best", calibration=ids_file), tmp_path / "out")
+    body = manifest.read(out)
+    sparsities = {row["pattern"] for row in body["linears"]}
+    assert len(sparsities) > 1
+    assert body["coverage"]["zeros"] == pytest.approx(0.5 * body["coverage"]["selected"], abs=len(body["linears"]))
+
+
+@pytest.mark.parametrize("model_type", conftest.CONFIGS)
+def test_aims_at_the_residual_run_on_every_family(
+    model_type: str, random_models: Callable[[str], Path], ids_file: str, tmp_path: Path
+) -> None:
+    progress = Notices()
+    recipe = Recipe("0.5", "sparsegpt", order="group", aim="residual", calibration=ids_file)
+    out = prune(source(random_models(model_type)), recipe, tmp_path / "out", progress=progress)
+    body = manifest.read(out)
+    aims = {row["name"].rpartition(".")[2]: row["aim"] for row in body["linears"]}
+    writes = [leaf for leaf, aim in aims.items() if aim == "residual"]
+    told = any("aim residual" in text for text in progress.texts)
+    assert told == (not writes)
+    if model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma"):
+        assert set(writes) == {"o_proj", "down_proj"}
+    if model_type in ("gemma2", "gemma3_text", "phi"):
+        # Normalised before it is added; two added at once.
+        assert not writes
