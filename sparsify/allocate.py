@@ -15,7 +15,7 @@ import torch
 
 from sparsify.stats import InputStats
 
-# Sparsities are whole multiples of this, so that they print and read back exactly.
+# Sparsity is kept below 1 by one part in this, and measured at multiples of it.
 _GRAIN = 10_000
 
 Name = TypeVar("Name", str, int)
@@ -99,7 +99,7 @@ class _Marginal:
 def _fitted(
     wanted: Mapping[Name, float], sizes: Mapping[Name, int], sparsity: Fraction, spread: float
 ) -> dict[Name, Fraction]:
-    """``wanted`` shifted and rounded so that the weighted mean is ``sparsity`` to less than a weight per linear."""
+    """``wanted`` shifted and rounded to whole weights, so that exactly floor(``sparsity`` · total) go."""
     total = sum(sizes.values())
     floor, ceiling = max(float(sparsity) - spread, 0.0), min(float(sparsity) + spread, 1 - 1 / _GRAIN)
     low, high = -1.0, 1.0
@@ -107,12 +107,15 @@ def _fitted(
         shift = (low + high) / 2
         mean = sum(sizes[k] * min(max(v + shift, floor), ceiling) for k, v in wanted.items()) / total
         low, high = (shift, high) if mean < sparsity else (low, shift)
-    rounded = {k: Fraction(round(min(max(v + low, floor), ceiling) * _GRAIN), _GRAIN) for k, v in wanted.items()}
-    # What rounding left over goes to the largest, whose sparsity it changes least.
-    largest = max(sizes, key=lambda k: sizes[k])
-    missing = int(sparsity * total) - sum(int(sizes[k] * s) for k, s in rounded.items())
-    rounded[largest] = Fraction(int(sizes[largest] * rounded[largest]) + missing, sizes[largest])
-    return rounded
+    counts = {k: int(min(max(v + low, floor), ceiling) * sizes[k]) for k, v in wanted.items()}
+    # Rounding left less than a weight per entry over; the largest take it, one each, whose sparsity it changes least.
+    missing = int(sparsity * total) - sum(counts.values())
+    for key in sorted(sizes, key=lambda k: -sizes[k]) * abs(missing):
+        step = (missing > 0) - (missing < 0)
+        if step and 0 <= counts[key] + step < sizes[key]:
+            counts[key] += step
+            missing -= step
+    return {k: Fraction(count, sizes[k]) for k, count in counts.items()}
 
 
 def grid(sparsity: Fraction, spread: float, n_points: int = 3) -> list[Fraction]:

@@ -140,9 +140,9 @@ def test_owl_meets_the_budget_and_follows_the_outliers(data: st.DataObject) -> N
     removed = sum(int(sizes[i] * s) for i, s in found.items())
     assert removed == int(sparsity * sum(sizes.values()))
     assert all(0 <= s < 1 for s in found.values())
-    # Rounding goes to the largest, by less than a grain of the whole.
+    # Rounding moves single weights.
     order = sorted(range(n), key=lambda i: ratios[i])
-    assert all(found[a] >= found[b] - Fraction(1, 500) for a, b in pairwise(order))
+    assert all(found[a] >= found[b] - Fraction(1, 200) for a, b in pairwise(order))
 
 
 def test_least_error_against_brute_force() -> None:
