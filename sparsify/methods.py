@@ -162,7 +162,6 @@ class Method:
         paper: source.
         summary: one line for ``--help``.
         for_groups: parts that differ for N:M patterns.
-        for_sparsity: parts that differ for unstructured ones.
         settings: values that differ from the defaults.
     """
 
@@ -180,7 +179,6 @@ class Method:
     aim: str = "own"
     inputs: str = "pruned"
     for_groups: Mapping[str, str] = field(default_factory=dict)
-    for_sparsity: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Scalar] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
@@ -217,7 +215,7 @@ class Method:
 _WANDA = "Sun et al., arXiv 2306.11695"
 _RIA = "Zhang et al., ICLR 2024"
 _SYMMETRIC = "Yi and Richtárik, arXiv 2501.18980"
-_HALFWAY: dict[str, Scalar] = {"aim.share": 0.5, "aim.residual_share": 0.5, "permute.sweeps": 2, "error.spread": 0.1}
+_HALFWAY: dict[str, Scalar] = {"aim.share": 0.5, "aim.residual_share": 0.5, "permute.sweeps": 2}
 METHODS: dict[str, Method] = {
     "magnitude": Method("absolute value; needs no text", "none", score="magnitude"),
     "wanda": Method("absolute value times the norm of its input", "norms", _WANDA, "row", "wanda"),
@@ -263,9 +261,8 @@ METHODS: dict[str, Method] = {
         solver="sparsegpt", order="group", aim="residual", for_groups={"permute": "fold"}, settings=_HALFWAY,
     ),
     "best": Method(
-        "alps aimed halfway at the dense model; reordered inputs for N:M, allocation otherwise", "gram+",
-        "docs/recipes.md", solver="alps", order="group", aim="residual", for_groups={"permute": "fold"},
-        for_sparsity={"allocate": "error"}, settings=_HALFWAY,
+        "alps aimed halfway at the dense model; reordered inputs for N:M", "gram+", "docs/recipes.md",
+        solver="alps", order="group", aim="residual", for_groups={"permute": "fold"}, settings=_HALFWAY,
     ),
 }  # fmt: skip
 """The table: name -> method."""
@@ -283,7 +280,7 @@ def resolve(
     if method not in METHODS:
         raise UsageError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     base = METHODS[method]
-    base = replace(base, **(base.for_groups if grouped else base.for_sparsity))  # type: ignore[arg-type]
+    base = replace(base, **(base.for_groups if grouped else {}))  # type: ignore[arg-type]
     given = {name: value for name, value in parts.items() if value is not None}
     for name, value in given.items():
         if value not in PARTS[name]:

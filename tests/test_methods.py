@@ -177,8 +177,8 @@ def test_every_choice_is_used_by_a_method_or_reachable_and_every_setting_belongs
         assert all(name in SETTINGS for name in plan.settings)
 
 
-def test_settings_of_unused_parts_do_not_reach_the_manifest(llama: Path, ids_file: str, tmp_path: Path) -> None:
-    out = prune(source(llama), Recipe("0.5", "best", calibration=ids_file), tmp_path / "out")
+def test_allocation_meets_the_budget(llama: Path, ids_file: str, tmp_path: Path) -> None:
+    out = prune(source(llama), Recipe("0.5", "best", allocate="error", calibration=ids_file), tmp_path / "out")
     body = manifest.read(out)
     sparsities = {row["pattern"] for row in body["linears"]}
     assert len(sparsities) > 1
