@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Passed to the demo's prune-and-export, for example DEMO_ARGS="--pattern 0.5".
-DEMO_ARGS ?= --pattern 2:4
+DEMO_ARGS ?= --pattern 2:4 --method fast
 
 .PHONY: demo test check install clean
 

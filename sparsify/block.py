@@ -261,13 +261,12 @@ class BlockPruner:
         grouped = [spec for spec in specs if isinstance(self.patterns[spec.name], NofM)]
         if plan.permute == "none" or not grouped:
             return {}
-        scores = {spec.name: self._salience(spec, stats[spec.name], grams) for spec in grouped}
         folds = {} if plan.permute == "simulate" else couplings(self.skeleton, index)
         found: dict[str, tuple[torch.Tensor, str]] = {}
         for spec in grouped:
             if spec.name not in folds:
                 continue
-            perm = self._fold(folds[spec.name], scores[spec.name])
+            perm = self._fold(folds[spec.name], self._salience(spec, stats[spec.name], grams))
             if perm is not None:
                 found[spec.name] = perm, "folded"
                 entry = stats[spec.name]
@@ -281,7 +280,8 @@ class BlockPruner:
                     key = (id(stats[spec.name]), self.patterns[spec.name]) if together else spec.name
                     shared.setdefault(key, []).append(spec)
             for members in shared.values():
-                perm = self._search(torch.cat([scores[spec.name] for spec in members]), members[0])
+                worth = [self._salience(spec, stats[spec.name], grams) for spec in members]
+                perm = self._search(torch.cat(worth), members[0])
                 found |= {spec.name: (perm, "recorded") for spec in members}
         return found
 

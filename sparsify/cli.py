@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -334,15 +334,16 @@ def inspect_command(
         )
         if linears:
             print_table(
-                ("linear", "shape", "pattern", "group", "zeros", "relative error"),
+                ("linear", "shape", "pattern", "zeros", "relative error", "objective", "status"),
                 [
                     (
                         row["name"],
                         f"{row['shape'][0]} x {row['shape'][1]}",
                         row["pattern"],
-                        row["group"],
                         f"{row['zeros'] / (row['shape'][0] * row['shape'][1]):.4%}",
                         f"{row['relative_error']:.5f}",
+                        _change(row),
+                        row.get("status", ""),
                     )
                     for row in body["linears"]
                 ],
@@ -351,6 +352,14 @@ def inspect_command(
         for problem in problems[:20]:
             errors().print(f"problem: {problem}", highlight=False, soft_wrap=True, markup=False)
         raise VerificationError(f"{artifact}: {len(problems)} problems; export or prune it again")
+
+
+def _change(row: dict[str, Any]) -> str:
+    """The solver's objective before and after, of a row of the manifest."""
+    before, after = row.get("objective_before"), row.get("objective")
+    if not isinstance(before, float) or not isinstance(after, float):
+        return ""
+    return f"{before:.5f} → {after:.5f}"
 
 
 @app.command("methods")

@@ -336,6 +336,11 @@ def _check_combination(plan: Method) -> None:
         raise UsageError(
             "aim residual with inputs dense: the stream that enters a block has no error; use --set aim=dense"
         )
+    if plan.permute == "residual" and not plan.needs_data:
+        raise UsageError(
+            f"permute residual with score {plan.score}: the order is sought on text, which nothing else here needs; "
+            "use --set permute=fold"
+        )
     if plan.refit != "none" and plan.solver == "mrp" and plan.setting("mrp.free") == "all":
         raise UsageError("refit with solver mrp: mrp.free all is the least squares optimum already; drop --set refit")
     if plan.aim != "own" and plan.inputs == "dense" and plan.order == "block":

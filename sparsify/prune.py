@@ -144,7 +144,11 @@ def _damage(folder: Path, state: Any) -> str | None:
         for row in block["linears"]:
             PrunedLinear(**row)
     # They are joined into one file at the very end, and then gone.
-    parts = [] if (folder / manifest.PERMUTATIONS).exists() else [block["orders"] for block in state["blocks"]]
+    parts = (
+        []
+        if (folder / manifest.PERMUTATIONS).exists()
+        else [state["residual"], *(block["orders"] for block in state["blocks"])]
+    )
     for part in filter(None, parts):
         if file_crc32(folder / part["file"]) != part["crc32"] or Path(part["file"]).name != part["file"]:
             return f"{part['file']} is not what was written"
@@ -203,7 +207,13 @@ class _Run:
     def _open_state(self) -> dict[str, Any]:
         state = self.staging.state
         if state is None:
-            return {"threads": torch.get_num_threads(), "blocks": [], "hidden": [], "allocation": None}
+            return {
+                "threads": torch.get_num_threads(),
+                "blocks": [],
+                "hidden": [],
+                "allocation": None,
+                "residual": None,
+            }
         # The order of a threaded sum depends on the number of threads, and resuming promises the same bits.
         torch.set_num_threads(state["threads"])
         self.n_resumed = len(state["blocks"])
@@ -237,9 +247,13 @@ class _Run:
                 self.patterns[name] = Unstructured(Fraction(text), base.group)
         if plan.permute == "residual":
             path = self.folder / _ORDERS.format("residual")
-            if not path.exists():
+            if self.state["residual"] is None:
                 write_permutations(path, {"residual": residual_order(survey, self.patterns, self.recipe.seed)})
+                self.state["residual"] = {"file": path.name, "crc32": file_crc32(path)}
                 self.staging.save(self.state)
+            elif not path.exists():
+                # Already joined to the others, at the very end.
+                path = self.folder / manifest.PERMUTATIONS
             perm = read_permutations(path)["residual"]
             self.binding.reorder = partial(in_stream_order, self.skeleton, perm)
 

@@ -241,6 +241,7 @@ def test_unknown_models_and_the_embedded_one_when_it_is_missing(prune: Run, tmp_
         (["--method", "mrp", "--set", "mrp.variant=MM", "--pattern", "8:16"], ["12870", "mrp.variant=SM"]),
         (["--method", "ria-cp", "--pattern", "0.5"], ["permute", "N:M"]),
         (["--method", "fistapruner", "--set", "order=block"], ["order=group"]),
+        (["--method", "magnitude", "--set", "permute=residual"], ["permute residual", "permute=fold"]),
         (["--set", "allocate=owl"], ["allocate owl", "2:4"]),
         (["--method", "dsnot", "--set", "dsnot.safe=1"], ["true or false"]),
         (["--method", "dsnot", "--set", "dsnot.cycles=1.5"], ["whole number"]),

@@ -626,7 +626,6 @@ def test_heads_that_m_does_not_divide_are_not_folded(
         "fold",
         "gather",
         "simulate",
-        pytest.param("residual", marks=pytest.mark.xfail(reason="prune._Run.survey: without text, it is ignored")),
     ],
 )
 def test_a_score_without_text_is_permuted_too(
@@ -807,9 +806,7 @@ def test_interrupted_while_orders_are_joined_none_is_lost(
     [
         ("simulate", "missing"),
         ("simulate", "another"),
-        pytest.param(
-            "residual", "another", marks=pytest.mark.xfail(reason="prune._damage: does not look at orders.residual")
-        ),
+        ("residual", "another"),
     ],
 )
 def test_damaged_orders_of_an_interrupted_run_are_noticed(
