@@ -1,10 +1,10 @@
-"""What pruning costs beside LLM Compressor's Wanda: user CPU, wall time and peak memory, as ratios.
+"""What pruning costs beside LLM Compressor: user CPU, wall time and peak memory, as ratios.
 
-    python benchmarks/pruning_cost.py --python ENV/bin/python --model DIR --ids FILE:calibration_ids \
+    python benchmarks/pruning_cost.py --method wanda --python ENV/bin/python --model DIR --ids FILE:calibration_ids \
         --out benchmarks/results/pruning_cost.json
 
 `ENV` holds both tools (`pip install llmcompressor` and this project), so that torch and transformers are the same. Both
-prune the same folder by Wanda 2:4 on the same windows in float32, `--runs` times each in turn (A B A B ...), every run
+prune the same folder by `--method` to 2:4 on the same windows in float32, `--runs` times each in turn (A B A B ...), every run
 in a process of its own with the same environment. Threads wait passively in both: threads that spin would charge
 the machine's other work to whoever waits.
 """
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--python", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--ids", required=True)
+    parser.add_argument("--method", choices=("wanda", "sparsegpt"), default="wanda")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
@@ -58,9 +59,28 @@ def main() -> None:
     for i in range(options.runs):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            ours = [options.python, "-m", "sparsify", "prune", options.model, "--pattern", "2:4", "--method", "wanda"]
+            ours = [
+                options.python,
+                "-m",
+                "sparsify",
+                "prune",
+                options.model,
+                "--pattern",
+                "2:4",
+                "--method",
+                options.method,
+            ]
             ours += ["--calibration", options.ids, "--out", str(folder / "ours")]
-            peer = [options.python, str(HERE / "peer_wanda.py"), "--model", options.model, "--ids", options.ids]
+            peer = [
+                options.python,
+                str(HERE / "peer_llmcompressor.py"),
+                "--method",
+                options.method,
+                "--model",
+                options.model,
+                "--ids",
+                options.ids,
+            ]
             peer += ["--pattern", "2:4", "--out", str(folder / "peer"), "--json", str(folder / "peer.json")]
             for name, command in (("sparsify", ours), ("llmcompressor", peer)):
                 process = run(command, folder / "log")
@@ -97,7 +117,8 @@ def main() -> None:
         )
         print(json.dumps(table[-1]), flush=True)
     options.out.write_text(
-        json.dumps({"commit": version, "table": table, "records": records}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"commit": version, "method": options.method, "table": table, "records": records}, indent=1) + "\n",
+        encoding="utf-8",
     )
 
 

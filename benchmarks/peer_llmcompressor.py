@@ -1,16 +1,15 @@
-"""Prune a model with LLM Compressor's Wanda on given token windows and record what that cost.
+"""Prune a model with LLM Compressor's Wanda or SparseGPT on given token windows and record what that cost.
 
 The baseline half of the pruning-cost comparison. LLM Compressor is not a dependency of this project: run the script
 with an environment that has `llmcompressor` (0.14.0.1 was tried, with torch 2.13.0 and transformers 5.17.0).
 
-    OMP_NUM_THREADS=2 python benchmarks/peer_wanda.py --model DIR --ids FILE:calibration_ids --pattern 2:4 \
+    OMP_NUM_THREADS=2 python benchmarks/peer_llmcompressor.py --method wanda --model DIR --ids FILE:calibration_ids --pattern 2:4 \
         --out DIR --json FILE
 
 `--model` is an ordinary Hugging Face folder with a tokenizer; it is loaded and pruned in float32. Every linear of the
 decoder blocks is pruned, embeddings and head stay dense, and each block sees what the pruned blocks before it produce.
 `--ids` names an integer tensor [windows, tokens] in a safetensors file; the windows go in as they are, in their order.
-`--out` receives the pruned model in the data type of the source (exact: Wanda only sets weights to zero), as plain
-safetensors without a compression config. The record separates the pruning call from the whole process, which also
+`--out` receives the pruned model in the data type of the source, as plain safetensors without a compression config. The record separates the pruning call from the whole process, which also
 imports, loads, checks and saves. User CPU seconds cover all threads. The threads are torch's default: set
 OMP_NUM_THREADS. Threads that wait for each other spin, so other work on the machine inflates the user CPU seconds of a
 run with several threads: measure on an idle machine.
@@ -134,6 +133,7 @@ def installed(package: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--method", choices=("wanda", "sparsegpt"), default="wanda", help="modifier (wanda)")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
     parser.add_argument("--ids", type=parse_ids, required=True, metavar="FILE:TENSOR", help="calibration windows")
     parser.add_argument("--pattern", type=parse_pattern, default=(2, 4), metavar="N:M", help="N kept of M (2:4)")
@@ -147,14 +147,15 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.pruning import WandaPruningModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     windows = load_windows(*args.ids, args.batch_size)
     tokenizer = AutoTokenizer.from_pretrained(args.model)  # asked for, though nothing is tokenised
     source_dtype = AutoConfig.from_pretrained(args.model).dtype
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    recipe = WandaPruningModifier(
+    modifier = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[args.method]
+    recipe = modifier(
         sparsity=(group - n_kept) / group,
         mask_structure=f"{group - n_kept}:{group}",  # LLM Compressor counts the removed weights, not the kept ones
         targets=[BLOCKS],
@@ -175,7 +176,7 @@ def main() -> None:
 
     record = {
         "tool": "llmcompressor",
-        "method": "wanda",
+        "method": args.method,
         "pattern": f"{n_kept}:{group}",
         "calibration": {"tensor": args.ids[1], "n_windows": len(windows.dataset), "batch_size": args.batch_size},
         "prune": {**asdict(cost), "peak_memory_bytes": prune_peak if separated else None},

@@ -1,0 +1,67 @@
+"""What methods cost beside SparseGPT, all ours: user CPU, wall time and peak memory of the process, as ratios.
+
+    python benchmarks/method_cost.py --model DIR --ids FILE:calibration_ids --out benchmarks/results/method_cost.json
+
+Every run prunes the same folder to 2:4 in a process of its own; the methods take turns (`--runs` rounds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from provenance import commit
+from pruning_cost import run
+
+METHODS = ("sparsegpt", "wanda", "ria-cp", "mrp", "fistapruner", "admm", "alps", "fast", "best")
+
+
+def main() -> None:
+    """Run all in turn, print the table, write the records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--ids", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--pattern", default="2:4")
+    options = parser.parse_args()
+    version = commit()
+    records: list[dict[str, Any]] = []
+    for i in range(options.runs):
+        for method in options.methods:
+            with tempfile.TemporaryDirectory() as scratch:
+                command = [sys.executable, "-m", "sparsify", "prune", options.model, "--pattern", options.pattern]
+                command += ["--method", method, "--calibration", options.ids, "--out", f"{scratch}/out"]
+                records.append({"run": i, "method": method, **run(command, Path(scratch) / "log")})
+                print(json.dumps(records[-1]), flush=True)
+    table = []
+    for method in options.methods:
+        for figure in ("user_cpu_s", "wall_s", "peak_memory_bytes"):
+            ours = [r[figure] for r in records if r["method"] == method]
+            base = [r[figure] for r in records if r["method"] == options.methods[0]]
+            ratios = sorted(x / y for x, y in zip(ours, base, strict=True))
+            table.append(
+                {
+                    "method": method,
+                    "figure": figure,
+                    "median": statistics.median(ours),
+                    "baseline": options.methods[0],
+                    "ratio_median": statistics.median(ratios),
+                    "ratio_min": ratios[0],
+                    "ratio_max": ratios[-1],
+                    "n": len(ratios),
+                }
+            )
+            print(json.dumps(table[-1]), flush=True)
+    body = {"commit": version, "pattern": options.pattern, "table": table, "records": records}
+    options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
