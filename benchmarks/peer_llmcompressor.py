@@ -3,16 +3,17 @@
 The baseline half of the pruning-cost comparison. LLM Compressor is not a dependency of this project: run the script
 with an environment that has `llmcompressor` (0.14.0.1 was tried, with torch 2.13.0 and transformers 5.17.0).
 
-    OMP_NUM_THREADS=2 python benchmarks/peer_llmcompressor.py --method wanda --model DIR --ids FILE:calibration_ids --pattern 2:4 \
-        --out DIR --json FILE
+    OMP_NUM_THREADS=2 python benchmarks/peer_llmcompressor.py --method wanda --model DIR \
+        --ids FILE:calibration_ids --pattern 2:4 --out DIR --json FILE
 
 `--model` is an ordinary Hugging Face folder with a tokenizer; it is loaded and pruned in float32. Every linear of the
 decoder blocks is pruned, embeddings and head stay dense, and each block sees what the pruned blocks before it produce.
 `--ids` names an integer tensor [windows, tokens] in a safetensors file; the windows go in as they are, in their order.
-`--out` receives the pruned model in the data type of the source, as plain safetensors without a compression config. The record separates the pruning call from the whole process, which also
-imports, loads, checks and saves. User CPU seconds cover all threads. The threads are torch's default: set
-OMP_NUM_THREADS. Threads that wait for each other spin, so other work on the machine inflates the user CPU seconds of a
-run with several threads: measure on an idle machine.
+`--out` receives the pruned model in the data type of the source, as plain safetensors without a compression config.
+The record separates the pruning call from the whole process, which also imports, loads, checks and saves. User CPU
+seconds cover all threads. The threads are torch's default: set OMP_NUM_THREADS. Threads that wait for each other
+spin, so other work on the machine inflates the user CPU seconds of a run with several threads: measure on an idle
+machine.
 """
 
 from __future__ import annotations

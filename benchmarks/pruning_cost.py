@@ -3,10 +3,10 @@
     python benchmarks/pruning_cost.py --method wanda --python ENV/bin/python --model DIR --ids FILE:calibration_ids \
         --out benchmarks/results/pruning_cost.json
 
-`ENV` holds both tools (`pip install llmcompressor` and this project), so that torch and transformers are the same. Both
-prune the same folder by `--method` to 2:4 on the same windows in float32, `--runs` times each in turn (A B A B ...), every run
-in a process of its own with the same environment. Threads wait passively in both: threads that spin would charge
-the machine's other work to whoever waits.
+`ENV` holds both tools (`pip install llmcompressor` and this project), so that torch and transformers are the same.
+Both prune the same folder by `--method` to 2:4 on the same windows in float32, `--runs` times each in turn (A B A B
+...), every run in a process of its own with the same environment. Threads wait passively in both: threads that spin
+would charge the machine's other work to whoever waits.
 """
 
 from __future__ import annotations
