@@ -20,6 +20,7 @@ class InputStats:
         sq_norm: [in] float32, sum of x_j^2.
         n_tokens: number of tokens.
         total: [in] float32, sum of x_j; None unless means were asked for.
+        scatter: [in] float32, sum of (x_j - mean)^2; as ``total``.
         gram: [in, in] float32, sum of x xᵀ; None unless asked for.
         cross: [in, in] float32, sum of d xᵀ, d the input of the same linear in the dense model; None unless asked for,
             or where dense and pruned tokens are not the same ones (experts, to which they are routed differently).
@@ -33,6 +34,7 @@ class InputStats:
     gram: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    scatter: torch.Tensor | None = None
 
     @property
     def rms(self) -> torch.Tensor:
@@ -53,10 +55,12 @@ class InputStats:
 
     @property
     def variance(self) -> torch.Tensor:
-        """[in] float32: mean of x_j^2 less the square of the mean, over all tokens; ones without tokens."""
+        """[in] float32: scatter / n_tokens, over all tokens; ones without tokens."""
         if self.n_tokens == 0:
             return torch.ones_like(self.sq_norm)
-        return (self.sq_norm / self.n_tokens - self.mean.square()).clamp_min(0)
+        if self.scatter is None:
+            raise ValueError("means were not collected")
+        return self.scatter / self.n_tokens
 
     def permuted(self, perm: torch.Tensor) -> InputStats:
         """The sums of the inputs in the order ``perm``, in the dense model too."""
@@ -67,6 +71,7 @@ class InputStats:
             None if self.gram is None else self.gram[perm][:, perm],
             None if self.cross is None else self.cross[perm][:, perm],
             None if self.shift is None else self.shift[:, perm],
+            None if self.scatter is None else self.scatter[perm],
         )
 
 
@@ -100,7 +105,11 @@ class Accumulator:
         differs.
         """
         tokens = x.reshape(-1, x.shape[-1]).float()
-        self.sq_norm += torch.linalg.vector_norm(tokens, dim=0).double().square()
+        if self.total is None:
+            self.sq_norm += torch.linalg.vector_norm(tokens, dim=0).double().square()
+        else:
+            # In float64 from the start: the scatter is a small difference where a channel's mean is large.
+            self.sq_norm += tokens.double().square().sum(dim=0)
         self.n_tokens += tokens.shape[0]
         if self.total is not None:
             self.total += tokens.sum(dim=0, dtype=torch.float64)
@@ -130,8 +139,11 @@ class Accumulator:
                 f"{name}: the activations of input channel {int(bad[0])} are NaN or Inf ({len(bad)} such channels); "
                 "try --compute-dtype float32 or check the source model"
             )
-        total = None if self.total is None else self.total.float()
+        total = scatter = None
+        if self.total is not None:
+            total = self.total.float()
+            scatter = (self.sq_norm - self.total.square() / max(self.n_tokens, 1)).clamp_min(0).float()
         if self.gram is not None:
             # A product of finite values may be rounded differently above and below the diagonal.
             self.gram = (self.gram + self.gram.t()).div_(2)
-        return InputStats(sq_norm, self.n_tokens, total, self.gram, self.cross, self.shift)
+        return InputStats(sq_norm, self.n_tokens, total, self.gram, self.cross, self.shift, scatter)

@@ -877,7 +877,8 @@ def test_swaps_end_and_do_not_harm_whatever_the_inputs(text: str, candidates: in
 
 
 def stats_of(x: torch.Tensor) -> InputStats:
-    return InputStats(x.square().sum(dim=0).float(), len(x), x.sum(dim=0).float())
+    scatter = (x - x.mean(dim=0)).square().sum(dim=0).float()
+    return InputStats(x.square().sum(dim=0).float(), len(x), x.sum(dim=0).float(), scatter=scatter)
 
 
 def literal_dsnot(

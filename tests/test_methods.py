@@ -155,7 +155,7 @@ def test_one_row_and_one_column(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     x = torch.randn(200, shape[1], generator=generator)
-    stats = InputStats(x.square().sum(0), 200, x.sum(0), x.T @ x)
+    stats = InputStats(x.square().sum(0), 200, x.sum(0), x.T @ x, scatter=(x - x.mean(0)).square().sum(0))
     for name in METHODS:
         if name == "ria-cp":
             continue

@@ -6,7 +6,7 @@ from sparsify.layer import SOLVERS
 from sparsify.masks import keep_mask
 from sparsify.methods import METHODS, PARTS
 from sparsify.scores import SCORES, magnitude, relative_importance, ria, wanda
-from sparsify.stats import Accumulator, InputStats
+from sparsify.stats import Accumulator, InputStats, Wanted
 from sparsify.types import parse_pattern
 
 
@@ -124,3 +124,16 @@ def test_statistics_do_not_depend_on_how_tokens_are_split() -> None:
         assert stats.n_tokens == 200
         torch.testing.assert_close(stats.sq_norm, expected.float(), rtol=1e-6, atol=0)
         torch.testing.assert_close(stats.rms, (expected / 200).sqrt().float(), rtol=1e-6, atol=0)
+
+
+def test_the_variance_of_a_channel_with_a_large_mean() -> None:
+    x = torch.randn(3, 500, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 10.0, 300.0, 3000.0])
+    accumulator = Accumulator(4, wanted=Wanted(mean=True))
+    for window in x:
+        accumulator.add(window)
+    stats = accumulator.result("x")
+    tokens = x.reshape(-1, 4).double().numpy()
+    np.testing.assert_allclose(stats.variance, tokens.var(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(stats.mean, tokens.mean(axis=0), rtol=1e-6)
+    with pytest.raises(ValueError, match="not collected"):
+        _ = InputStats(torch.ones(4), 3).variance
