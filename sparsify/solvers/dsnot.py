@@ -33,6 +33,8 @@ def dsnot(
 ) -> tuple[torch.Tensor, int, str]:
     """Swap while a row's mean error exceeds ``threshold``; returns keep, the cycles run, and a status.
 
+    The status is ``converged`` when no row has a swap left to make: its error is small, or no candidate remains.
+
     e = Σ_removed W_r E[x_r] is the mean of dense minus sparse output of a row. A cycle restores the removed weight that
     moves e towards 0 the most per variance of its input, and removes the kept weight of least importance that moves it
     towards 0 too. A weight is moved once at most. Row counts stay; for N:M both are of one group.
@@ -80,9 +82,8 @@ def dsnot(
         best, i = gain.max(dim=1)
         candidates = on & movable & (contribution[active] * sign < 0)
         if isinstance(pattern, NofM):
-            candidates &= torch.arange(dense.shape[1], device=dense.device) // pattern.m == (i // pattern.m).unsqueeze(
-                1
-            )
+            of_group = torch.arange(dense.shape[1], device=dense.device) // pattern.m
+            candidates &= of_group == (i // pattern.m).unsqueeze(1)
         least, j = prune[active].masked_fill(~candidates, torch.inf).min(dim=1)
         row = active
         after = error[row] - contribution[row, i].double() + contribution[row, j].double()

@@ -1,0 +1,144 @@
+"""What each part of `fast` and `best` is worth: perplexity of variants over models, patterns and calibration seeds.
+
+    python benchmarks/ablation.py --model smollm2-135m --calibration TRAIN.txt --eval TEST.txt \
+        --patterns 2:4 0.5 --out benchmarks/results/ablation_smollm2.json
+    python benchmarks/ablation.py --model DIR --calibration self --eval self --seeds 0 1 2 --out FILE
+
+Every variant prunes the same model with the same windows per seed, drawn from `--calibration`; perplexity is measured
+in PyTorch, float32, on the first windows of `--eval` (`self`: sampled from the model itself, with another seed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from provenance import commit
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_HALF = {"aim.share": 0.5, "aim.residual_share": 0.5}
+# Name -> (method, parts and settings); the name of a group ends where its first word does.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparsegpt": ("sparsegpt", {}),
+    "sparsegpt, by group": ("sparsegpt", {"order": "group"}),
+    "sparsegpt, aim dense, half": ("sparsegpt", {"order": "group", "aim": "dense", "settings": {"aim.share": 0.5}}),
+    "sparsegpt, aim residual, half": ("sparsegpt", {"order": "group", "aim": "residual", "settings": _HALF}),
+    "fast": ("fast", {}),
+    "admm": ("admm", {}),
+    "admm, aim residual, half": ("admm", {"order": "group", "aim": "residual", "settings": _HALF}),
+    "alps": ("alps", {}),
+    "alps, by group": ("alps", {"order": "group"}),
+    "alps, aim dense": ("alps", {"order": "group", "aim": "dense"}),
+    "alps, aim dense, half": ("alps", {"order": "group", "aim": "dense", "settings": {"aim.share": 0.5}}),
+    "alps, aim residual": ("alps", {"order": "group", "aim": "residual"}),
+    "alps, aim residual, half": ("alps", {"order": "group", "aim": "residual", "settings": _HALF}),
+    "alps, inputs folded": ("alps", {"permute": "fold"}),
+    "alps, stream ordered": ("alps", {"permute": "residual"}),
+    "alps, owl": ("alps", {"allocate": "owl"}),
+    "alps, error allocated": ("alps", {"allocate": "error"}),
+    "best": ("best", {}),
+    "best, stream ordered": ("best", {"permute": "residual"}),
+    "best, owl": ("best", {"allocate": "owl"}),
+    "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),
+    "best, damping 0.003": ("best", {"settings": {"damping": 0.003}}),
+}
+
+
+def main() -> None:
+    """Run, print a line per figure, and write the records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--patterns", nargs="*", default=["2:4", "0.5", "0.6"])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--eval-windows", type=int, default=16)
+    parser.add_argument("--eval-length", type=int, default=512)
+    parser.add_argument("--only", nargs="*", choices=VARIANTS, help="variants by name")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    from sparsify.bench.perplexity import perplexity
+    from sparsify.data import load_windows
+    from sparsify.errors import UsageError
+    from sparsify.files import read_json
+    from sparsify.manifest import versions
+    from sparsify.prune import prune
+    from sparsify.recipe import Recipe
+    from sparsify.runtimes.torch_session import TorchSession
+    from sparsify.source import resolve
+
+    source, version = resolve(options.model), commit()
+    ids = load_windows(
+        options.eval,
+        source.folder,
+        n_windows=options.eval_windows,
+        length=options.eval_length,
+        split="evaluation",
+        seed=1000,
+    ).ids
+
+    def measure(folder: Path) -> float:
+        with TorchSession(folder) as session:
+            return perplexity(session, ids).perplexity
+
+    records: list[dict[str, Any]] = [{"variant": "dense", "perplexity": measure(source.folder)}]
+    print(json.dumps(records[-1]), flush=True)
+    for pattern in options.patterns:
+        for name, (method, changes) in VARIANTS.items():
+            if options.only and name not in options.only:
+                continue
+            figures = []
+            for seed in options.seeds:
+                try:
+                    recipe = Recipe(
+                        pattern,
+                        method,
+                        calibration=options.calibration,
+                        windows=options.windows,
+                        length=options.length,
+                        seed=seed,
+                        **changes,
+                    )
+                except UsageError:
+                    continue  # a part that the pattern has no use for
+                with tempfile.TemporaryDirectory() as scratch:
+                    out = prune(source, recipe, Path(scratch) / "out")
+                    figures.append(measure(out))
+                    run = read_json(out / "run.json")
+                records.append(
+                    {
+                        "variant": name,
+                        "pattern": pattern,
+                        "seed": seed,
+                        "perplexity": figures[-1],
+                        "user_cpu_seconds": run["user_cpu_seconds"],
+                    }
+                )
+            if figures:
+                spread = f"{min(figures):.3f} to {max(figures):.3f}"
+                print(f"| {pattern} | {name} | {statistics.mean(figures):.3f} | {spread} |", flush=True)
+                body = {
+                    "commit": version,
+                    "versions": versions("torch", "transformers"),
+                    "model": source.name,
+                    "options": {
+                        key: str(value) if isinstance(value, Path) else value
+                        for key, value in vars(options).items()
+                        if key not in ("out", "model")
+                    },
+                    "records": records,
+                }
+                options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
