@@ -39,7 +39,7 @@ class Recipe:
     """
 
     pattern: str = "2:4"
-    method: str = "ria"
+    method: str = "fast"
     group: Group | None = None
     score: str | None = None
     permute: str | None = None

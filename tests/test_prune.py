@@ -176,7 +176,7 @@ def test_blocks_are_run_no_more_often_than_needed(
         return original(self, block, index, x)
 
     monkeypatch.setattr(hidden.Calls, "run", run)
-    prune(source(stories), Recipe("2:4", include=(include,), calibration=ids_file), tmp_path / "out")
+    prune(source(stories), Recipe("2:4", "ria", include=(include,), calibration=ids_file), tmp_path / "out")
     # Four windows: once through each block before the chosen one, once for its statistics, and no further.
     assert len(seen) == calls
 
@@ -313,9 +313,9 @@ def test_overwrite_resumes_what_can_be_resumed(
 
 def test_a_compute_dtype_that_would_round_the_weights_is_refused(llama: Path, tmp_path: Path, ids_file: str) -> None:
     with pytest.raises(UsageError, match="stored as F32"):
-        prune(source(llama), Recipe("2:4", compute_dtype="bfloat16", calibration=ids_file), tmp_path / "out")
+        prune(source(llama), Recipe("2:4", "ria", compute_dtype="bfloat16", calibration=ids_file), tmp_path / "out")
     folder = conftest.save_random_model(tmp_path / "m", conftest.CONFIGS["llama"](), dtype=torch.bfloat16)
-    out = prune(source(folder), Recipe("2:4", compute_dtype="bfloat16", calibration=ids_file), tmp_path / "out")
+    out = prune(source(folder), Recipe("2:4", "ria", compute_dtype="bfloat16", calibration=ids_file), tmp_path / "out")
     before = CheckpointReader(folder)
     for name, tensor in CheckpointReader(out).read(before.tensors):
         original = dict(before.read([name]))[name]
