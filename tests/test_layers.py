@@ -29,7 +29,8 @@ RANKS = [
     | {"sparsify.exporters.onnx_weights"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
     | {"sparsify.runtimes.onnxruntime_session"},
-    {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"},
+    {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
+    | {"sparsify.bench.zeroshot"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
     {"sparsify.cli"},

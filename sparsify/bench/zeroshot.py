@@ -1,0 +1,193 @@
+"""Zero-shot accuracy: which of several continuations a model finds likeliest, scored as EleutherAI's lm-eval does.
+
+A continuation's score is its log-likelihood after its context. Context and continuation are encoded together and split
+at the length of the context alone, trailing spaces of a context belonging to the continuation. ``acc`` takes the
+likeliest, ``acc_norm`` the likeliest per character; a task with one continuation (LAMBADA) asks whether it is what the
+model would say greedily.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsify.errors import DataError
+from sparsify.runtimes.session import Session
+
+Encode = Callable[[str], list[int]]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One item: ``choices`` follow ``context`` as they are, with their space; ``gold`` is the index of the right one."""
+
+    context: str
+    choices: tuple[str, ...]
+    gold: int = 0
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of questions answered rightly, ``acc_norm`` per character; standard errors; number of questions.
+
+    With a single choice both are the share of greedy matches.
+    """
+
+    acc: float
+    acc_norm: float
+    acc_stderr: float
+    acc_norm_stderr: float
+    n: int
+
+
+def lambada(path: Path) -> list[Question]:
+    """LAMBADA: the last word of a passage. JSON lines with ``text``.
+
+    Raises:
+        DataError: missing file or malformed line.
+    """
+    questions = []
+    for row in _rows(path, "text"):
+        context, _, word = str(row["text"]).rpartition(" ")
+        questions.append(Question(context, (f" {word}",)))
+    return questions
+
+
+def hellaswag(path: Path) -> list[Question]:
+    """HellaSwag in its original columns: the ending of a description, with lm-eval's clean-up of the text.
+
+    Raises:
+        DataError: missing file or malformed line.
+    """
+    questions = []
+    for row in _rows(path, "activity_label", "ctx_a", "ctx_b", "endings", "label"):
+        context = _clean(f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}")
+        questions.append(Question(context, tuple(f" {_clean(e)}" for e in row["endings"]), int(row["label"])))
+    return questions
+
+
+def multiple_choice(path: Path) -> list[Question]:
+    """Items as ``{query, choices, gold}`` (ARC, OpenBookQA), JSON lines.
+
+    Raises:
+        DataError: missing file or malformed line.
+    """
+    return [
+        Question(str(row["query"]), tuple(f" {choice}" for choice in row["choices"]), int(row["gold"]))
+        for row in _rows(path, "query", "choices", "gold")
+    ]
+
+
+def _rows(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = data.decode("utf-8").splitlines()
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not readable ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}: line {number} is not JSON ({error})") from None
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise DataError(f"{path}: line {number} lacks key {missing[0]}")
+        yield row
+
+
+def _clean(text: str) -> str:
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of context and continuation; encoded together, so that the boundary is tokenised as in running text."""
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces:
+        continuation = context[-n_spaces:] + continuation
+        context = context[:-n_spaces]
+    whole, first = encode(context + continuation), encode(context)
+    return whole[: len(first)], whole[len(first) :]
+
+
+def log_likelihoods(
+    session: Session,
+    encode: Encode,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    context_length: int = 2048,
+    progress: Progress | None = None,
+) -> list[tuple[float, bool]]:
+    """Of each (context, continuation): Σ log p of the continuation's tokens in nats, and whether each is the argmax.
+
+    Args:
+        session: opened.
+        encode: text to token ids, without special tokens.
+        pairs: what to score. An empty context is an error: there is nothing to predict the first token from.
+        context_length: longer inputs lose tokens at their start.
+        progress: called with (pairs done, pairs).
+
+    Raises:
+        DataError: an empty context or continuation.
+    """
+    results = []
+    for done, (context, continuation) in enumerate(pairs, 1):
+        before, after = encode_pair(encode, context, continuation)
+        if not before or not after:
+            raise DataError(f"{(context + continuation)[:60]!r}: context and continuation need a token each")
+        ids = np.array([(before + after)[-context_length:]], dtype=np.int64)
+        # Logits of a place predict the next token, and the last token predicts nothing that is asked.
+        logits = session.logits(ids[:, :-1])[0, -len(after) :].astype(np.float64)
+        results.append(_score(logits, ids[0, -len(after) :]))
+        if progress is not None:
+            progress(done, len(pairs))
+    return results
+
+
+def _score(logits: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, bool]:
+    top = logits.max(axis=1)
+    normaliser = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    chosen = logits[np.arange(len(tokens)), tokens]
+    return float((chosen - normaliser).sum()), bool((logits.argmax(axis=1) == tokens).all())
+
+
+def accuracy(
+    session: Session, encode: Encode, questions: Sequence[Question], *, progress: Progress | None = None
+) -> Accuracy:
+    """Zero-shot accuracy on ``questions``.
+
+    Raises:
+        DataError: no questions, or one that ``log_likelihoods`` refuses.
+    """
+    if not questions:
+        raise DataError("no questions to ask")
+    pairs = [(question.context, choice) for question in questions for choice in question.choices]
+    scores = iter(log_likelihoods(session, encode, pairs, progress=progress))
+    plain, normed = [], []
+    for question in questions:
+        found = [next(scores) for _ in question.choices]
+        if len(found) == 1:
+            plain.append(found[0][1])
+            normed.append(found[0][1])
+            continue
+        values = np.array([value for value, _ in found])
+        # lm-eval divides by the length of the choice without the space that joins it to its context.
+        lengths = np.array([len(choice.removeprefix(" ")) for choice in question.choices])
+        plain.append(bool(values.argmax() == question.gold))
+        normed.append(bool((values / lengths).argmax() == question.gold))
+    return Accuracy(float(np.mean(plain)), float(np.mean(normed)), _stderr(plain), _stderr(normed), len(questions))
+
+
+def _stderr(hits: Sequence[bool]) -> float:
+    if len(hits) < 2:
+        return float("nan")
+    return float(np.std(hits, ddof=1) / np.sqrt(len(hits)))
