@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Question:
-    """One item: ``choices`` follow ``context`` as they are, with their space; ``gold`` is the index of the right one."""
+    """One item: ``choices`` follow ``context`` as they are, with their space; ``gold`` is the right one's index."""
 
     context: str
     choices: tuple[str, ...]
