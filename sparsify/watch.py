@@ -6,6 +6,7 @@ time and holds for any architecture; so is the place of the residual stream.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,7 @@ Key = tuple[str, int | None]
 """Parameter name and expert of a linear."""
 
 
-class Watcher:
+class Watcher(ABC):
     """Sees the inputs of linears while a block runs, pass by pass; subclasses say what to do with them.
 
     Args:
@@ -85,10 +86,11 @@ class Watcher:
             if self._may_stop and len(self._called) == len(self._keys) == len(set(self._called)):
                 raise _AllSeen
 
+    @abstractmethod
     def add(self, key: Key, x: torch.Tensor) -> None:
         """An input of ``key``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end_of_window(self) -> None:
         """Called when a pass is over."""
 
@@ -108,6 +110,9 @@ class Tape(Watcher):
     def add(self, key: Key, x: torch.Tensor) -> None:
         """Keep ``x``."""
         self._inputs.setdefault(key, []).append(x)
+
+    def end_of_window(self) -> None:
+        """Keep everything: the other pass is still to come."""
 
     def rewind(self) -> None:
         """Forget the last pass."""

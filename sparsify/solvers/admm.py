@@ -45,8 +45,8 @@ def admm(
         group: comparison group where the pattern leaves it open.
 
     Returns:
-        the solution. A direct method would call it ``max_iter``: the iteration count is the method's own rule, and
-        the status says ``converged`` when the iterates and their projection agree to 1e-3.
+        the solution; ``converged`` where the iterate and its projection agree to 1e-3, else ``max_iter``, which is
+        usual: the number of iterations is the method's own rule.
     """
     scale, inverse, scaled = _scaled(gram)
     dense = gram.live(weight).mul_(scale)
