@@ -5,30 +5,23 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import gcd
-from typing import Any
 
 import torch
 from torch import nn
 
-from sparsify.couplings import Coupling, couplings, fold_attention, fold_mlp
 from sparsify.errors import ModelError, NumericsError
+from sparsify.grams import Grams
 from sparsify.hidden import Calls, HiddenFile
-from sparsify.layer import Outcome, prune_layer, salience, seed_of
+from sparsify.layer import Outcome, prune_layer, seed_of, target
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
-from sparsify.permute import inverse, search
+from sparsify.permute import inverse
 from sparsify.progress import Progress
-from sparsify.solvers.quadratic import Gram, relative_error, retarget
+from sparsify.reorder import Reorder
+from sparsify.solvers.quadratic import Gram, relative_error
 from sparsify.stats import InputStats, Wanted
 from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
 from sparsify.watch import Tape, collect, keys, stream_places, watch
-
-# Tokens per channel below which a solver is said to have little to go by.
-_TOKENS_PER_CHANNEL = 4
-
-# By the identity of the statistics, which are kept beside their matrix so that it stays theirs.
-Grams = dict[int, tuple[InputStats, Gram]]
 
 
 @dataclass(frozen=True)
@@ -88,6 +81,7 @@ class BlockPruner:
         self.device = device
         self.progress = progress
         self._told: set[str] = set()
+        self.reorder = Reorder(skeleton, plan, patterns, seed, self._tell)
 
     def prune(
         self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams | None
@@ -130,21 +124,17 @@ class BlockPruner:
     def _prune_group(
         self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None]
     ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
-        grams: Grams = {}
-        permuted = self._reorder(index, specs, stats, grams)
+        grams = Grams(self.plan.setting("damping"), self.length, self._tell)
+        placed, orders = self.reorder.group(index, specs, stats, grams)
         rows = []
         for spec in specs:
             entry = stats[spec.name]
-            inside, kind = None, "no"
-            if spec.name in permuted:
-                # Folded, the linear has that order already.
-                order, kind = permuted[spec.name]
-                inside = order if kind == "recorded" else None
-            row = self._prune_linear(spec, entry, self._gram(entry, grams, spec), inside)
+            perm, kind = placed.get(spec.name, (None, "no"))
+            row = self._prune_linear(spec, entry, grams.of(entry, spec.name), perm)
             rows.append(replace(row, permuted=kind))
             if entry is not None:
                 self.progress.advance()
-        return rows, {name: order.cpu() for name, (order, _) in permuted.items()}
+        return rows, orders
 
     def _tell(self, notice: str, kind: str = "") -> None:
         """Pass a notice on, once for all of its ``kind``."""
@@ -227,106 +217,6 @@ class BlockPruner:
                 "their inputs count as equal (use more calibration text)"
             )
 
-    def _gram(self, stats: InputStats | None, made: Grams, spec: LinearSpec) -> Gram | None:
-        """The Gram matrix with its factorisations, made once for the linears that share it."""
-        if stats is None or stats.gram is None:
-            return None
-        if id(stats) not in made:
-            matrix = stats.gram
-            if stats.n_tokens == 0:
-                matrix = torch.eye(len(matrix), device=matrix.device)
-            elif stats.n_tokens < _TOKENS_PER_CHANNEL * len(matrix):
-                wanted = -(-10 * len(matrix) // self.length)
-                self._tell(
-                    f"{spec.name}: {stats.n_tokens} calibration tokens for {len(matrix)} inputs, which fits them and "
-                    f"little else; ten times as many as inputs are advised (--windows {wanted})",
-                    f"tokens for {len(matrix)}",
-                )
-            made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
-        return made[id(stats)][1]
-
-    # --- the order of inputs ---------------------------------------------------------------------------------------
-
-    def _reorder(
-        self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None], grams: Grams
-    ) -> dict[str, tuple[torch.Tensor, str]]:
-        """Seek an order of the inputs of each linear with N:M; fold it where that is wanted and possible.
-
-        ``stats`` of a linear whose order was folded are replaced by those of the reordered inputs.
-
-        Returns:
-            linear name -> (perm, ``folded`` or ``recorded``).
-        """
-        plan = self.plan
-        grouped = [spec for spec in specs if isinstance(self.patterns[spec.name], NofM)]
-        if plan.permute == "none" or not grouped:
-            return {}
-        folds = {} if plan.permute == "simulate" else couplings(self.skeleton, index)
-        found: dict[str, tuple[torch.Tensor, str]] = {}
-        for spec in grouped:
-            if spec.name not in folds:
-                continue
-            perm = self._fold(folds[spec.name], self._salience(spec, stats[spec.name], grams))
-            if perm is not None:
-                found[spec.name] = perm, "folded"
-                entry = stats[spec.name]
-                stats[spec.name] = None if entry is None else entry.permuted(perm)
-        if plan.permute in ("gather", "simulate"):
-            # One order per input, so that one gather serves all that read it; or one each, as the paper evaluates it.
-            shared: dict[Any, list[LinearSpec]] = {}
-            for spec in grouped:
-                if spec.name not in found:
-                    together = plan.permute == "gather" and stats[spec.name] is not None
-                    key = (id(stats[spec.name]), self.patterns[spec.name]) if together else spec.name
-                    shared.setdefault(key, []).append(spec)
-            for members in shared.values():
-                worth = [self._salience(spec, stats[spec.name], grams) for spec in members]
-                perm = self._search(torch.cat(worth), members[0])
-                found |= {spec.name: (perm, "recorded") for spec in members}
-        return found
-
-    def _salience(self, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor:
-        """[out, in], what each weight of a linear is worth."""
-        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
-        gram = self._gram(stats, grams, spec)
-        aim, _ = self._target(spec, weight, stats, gram)
-        return salience(aim, stats, gram, self.plan, seed_of(spec.name, self.seed))
-
-    def _search(self, score: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
-        pattern = self.patterns[spec.name]
-        assert isinstance(pattern, NofM)
-        found = search(
-            score,
-            pattern,
-            n_sweeps=self.plan.setting("permute.sweeps"),
-            n_parts=gcd(self.plan.setting("permute.parts"), score.shape[1] // pattern.m),
-            seed=self.seed,
-        )
-        return found.perm
-
-    def _fold(self, coupling: Coupling, score: torch.Tensor) -> torch.Tensor | None:
-        spec, heads, model = coupling.consumer, coupling.heads, self.skeleton.model
-        if heads is None:
-            perm = self._search(score, spec)
-            fold_mlp(model, coupling, perm)
-            return perm
-        pattern = self.patterns[spec.name]
-        assert isinstance(pattern, NofM)
-        if heads.head_dim % pattern.m:
-            if self.plan.permute == "gather":
-                return None
-            self._tell(
-                f"{spec.name}: heads of {heads.head_dim} are no multiple of {pattern.m}; its inputs stay in order"
-            )
-            return None
-        # Query heads that read one key-value head share its order. Groups lie within heads, so moving whole heads would
-        # change no group.
-        by_key = score.reshape(len(score), heads.n_key, -1, heads.head_dim)
-        within = [
-            self._search(by_key[:, key].transpose(0, 1).reshape(-1, heads.head_dim), spec) for key in range(heads.n_key)
-        ]
-        return fold_attention(model, coupling, within).to(score.device)
-
     # --- one linear ------------------------------------------------------------------------------------------------
 
     def _prune_linear(
@@ -337,7 +227,7 @@ class BlockPruner:
         # A copy: the weight is overwritten before the two are compared.
         dense = weight.to(torch.float32, copy=True)
         try:
-            aim, aimed = self._target(spec, dense, stats, gram)
+            aim, aimed = target(dense, stats, gram, self.plan)
             outcome = self._solve(spec, aim, stats, gram, perm)
         except NumericsError as error:
             raise NumericsError(f"{spec.name}: {error}") from None
@@ -386,23 +276,6 @@ class BlockPruner:
             length=self.length,
         )
         return replace(outcome, weight=outcome.weight[:, inverse(perm)])
-
-    def _target(
-        self, spec: LinearSpec, dense: torch.Tensor, stats: InputStats | None, gram: Gram | None
-    ) -> tuple[torch.Tensor, str]:
-        """What the linear should compute, [out, in] float32, and which targets that are."""
-        if self.plan.aim == "own" or stats is None or gram is None or stats.cross is None or stats.n_tokens == 0:
-            return dense, "own"
-        shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == spec.out_features else None
-        target = retarget(
-            dense,
-            gram,
-            stats.cross,
-            self.plan.setting("aim.share"),
-            shift,
-            self.plan.setting("aim.residual_share") if self.plan.aim == "residual" else 0.0,
-        )
-        return target, "dense" if shift is None else "residual"
 
 
 def _relative_error(dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None) -> float:

@@ -17,7 +17,7 @@ from sparsify.solvers.dsnot import dsnot
 from sparsify.solvers.exact import exact
 from sparsify.solvers.fista import fista
 from sparsify.solvers.mrp import mrp
-from sparsify.solvers.quadratic import Gram, Solution, value
+from sparsify.solvers.quadratic import Gram, Solution, retarget, value
 from sparsify.solvers.refit import refit
 from sparsify.solvers.sparsegpt import sparsegpt
 from sparsify.solvers.swaps import swaps
@@ -106,6 +106,20 @@ def prune_layer(
         for v in (weight.float().masked_fill(~keep, 0), solved)
     )
     return Outcome(solved, before, after, n_iter, _summary(statuses))
+
+
+def target(weight: torch.Tensor, stats: InputStats | None, gram: Gram | None, plan: Method) -> tuple[torch.Tensor, str]:
+    """What a linear of dense ``weight`` [out, in] should compute, float32 of that shape, and which aim that is.
+
+    The aim is ``own`` where there is nothing to compare with: no text, no token, or tokens routed otherwise than in the
+    dense model; and ``dense`` where the output is added to no residual stream.
+    """
+    if plan.aim == "own" or stats is None or gram is None or stats.cross is None or stats.n_tokens == 0:
+        return weight, "own"
+    shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == weight.shape[0] else None
+    share = plan.setting("aim.residual_share") if plan.aim == "residual" else 0.0
+    moved = retarget(weight, gram, stats.cross, plan.setting("aim.share"), shift, share)
+    return moved, "dense" if shift is None else "residual"
 
 
 def salience(

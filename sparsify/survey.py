@@ -14,6 +14,7 @@ from torch import nn
 from sparsify import allocate
 from sparsify.couplings import reads_residual
 from sparsify.errors import UsageError
+from sparsify.grams import Grams
 from sparsify.hidden import Calls, HiddenFile, enter
 from sparsify.layer import salience, seed_of
 from sparsify.memory import return_freed_memory
@@ -80,10 +81,10 @@ class Survey:
                             calls.run(block, index, hidden)
                         self.progress.advance()
                 stats = collector.result(specs)
-                grams: dict[int, tuple[InputStats, Gram]] = {}
+                grams = Grams(self.plan.setting("damping"))
                 for spec in specs:
                     weight = weight_view(skeleton.model.get_parameter(spec.parameter), spec).float()
-                    see(index, spec, weight, stats[spec.name], self._gram(stats[spec.name], grams))
+                    see(index, spec, weight, stats[spec.name], grams.of(stats[spec.name], spec.name))
                     self.progress.advance()
             if index < last:
                 files[(index + 1) % 2].write(self._outputs(block, index, calls, files[index % 2]))
@@ -91,14 +92,6 @@ class Survey:
             return_freed_memory()
         for path in pair:
             path.unlink(missing_ok=True)
-
-    def _gram(self, stats: InputStats, made: dict[int, tuple[InputStats, Gram]]) -> Gram | None:
-        if stats.gram is None:
-            return None
-        if id(stats) not in made:
-            matrix = stats.gram if stats.n_tokens else torch.eye(len(stats.gram), device=stats.gram.device)
-            made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.plan.setting("damping"))
-        return made[id(stats)][1]
 
     def _outputs(self, block: nn.Module, index: int, calls: Calls, file: HiddenFile) -> Iterator[torch.Tensor]:
         for hidden in file.windows(self.device):

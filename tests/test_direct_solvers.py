@@ -357,6 +357,20 @@ def test_permuted_is_the_gram_matrix_of_permuted_inputs() -> None:
     np.testing.assert_allclose(array(permuted.damped), array(direct.damped), rtol=1e-6)
 
 
+@pytest.mark.parametrize("damping", [0.01, 0.0])
+def test_what_is_known_of_a_gram_matrix_goes_along_when_inputs_are_permuted(damping: float) -> None:
+    perm = torch.from_numpy(np.random.default_rng(3).permutation(12))
+    # Singular, so that without damping some has to be found.
+    gram = gram_of(inputs(2, 5, 12), damping)
+    _ = gram.inverse, gram.spectrum
+    moved, fresh = gram.permuted(perm), Gram(gram.matrix[perm][:, perm], gram.n_tokens, gram.damping_used)
+    assert moved.damping_used == gram.damping_used
+    assert torch.equal(moved.damped, fresh.damped)
+    np.testing.assert_allclose(array(moved.inverse @ fresh.damped.double()), np.eye(12), atol=1e-6)
+    values, vectors = moved.spectrum
+    np.testing.assert_allclose(array((vectors * values) @ vectors.t()), array(fresh.scaled[1]), atol=1e-5)
+
+
 @pytest.mark.parametrize("n_in", [1, 2, 17, 64, 256])
 @pytest.mark.parametrize("kind", ["white", "tall", "shifted", "low rank", "even spectrum", "damped", "diagonal"])
 def test_lipschitz_bounds_the_largest_eigenvalue_closely(kind: str, n_in: int) -> None:
@@ -549,9 +563,19 @@ def test_exact_falls_back_to_conjugate_gradients_and_says_so() -> None:
     assert gap(solution.weight, exact(w, gram, keep).weight, gram, w) < CLOSE
 
 
+def test_exact_solves_with_the_damping_that_a_singular_gram_takes() -> None:
+    gram, keep = Gram(torch.ones(3, 3), 5, 0.0), torch.tensor([[1, 0, 0], [1, 1, 0]]).bool()
+    found = exact(torch.ones(2, 3), gram, keep).weight
+    assert gram.damping_used > gram.damping
+    # All inputs are the same one: only the sum of a row matters, and damping spreads it evenly.
+    np.testing.assert_allclose(array(found), [[3, 0, 0], [1.5, 1.5, 0]], rtol=1e-4)
+
+
 def test_exact_refuses_a_singular_system() -> None:
+    gram = Gram(torch.ones(3, 3), 5, 0.0)
+    gram._damped = gram.matrix
     with pytest.raises(NumericsError, match=r"row 1.*damping"):
-        exact(torch.ones(2, 3), Gram(torch.ones(3, 3), 5, 0.0), torch.tensor([[1, 0, 0], [1, 1, 0]]).bool())
+        exact(torch.ones(2, 3), gram, torch.tensor([[1, 0, 0], [1, 1, 0]]).bool())
 
 
 # --- conjugate gradients -----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from sparsify.solvers.sparsegpt import block_share, sparsegpt
 from sparsify.types import MAX_MASKS, NofM, Pattern, check_enumerable, n_masks
 
 VARIANTS = ("auto", "SS", "SM", "MS", "MM")
+FREE = ("right", "all")
 BLOCK = 128
 _BUDGET = 1 << 28
 
@@ -52,12 +53,14 @@ def mrp(
         group: comparison group where the pattern leaves it open.
 
     Raises:
-        UsageError: an unknown variant, an M mask for an unstructured pattern or one with too many candidates, or a
-            width that M does not divide.
+        UsageError: an unknown variant or ``free``, an M mask for an unstructured pattern or one with too many
+            candidates, or a width that M does not divide.
         NumericsError: G is singular in spite of damping, or a NaN among the weights.
     """
     if variant not in VARIANTS:
         raise UsageError(f"mrp variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    if free not in FREE:
+        raise UsageError(f"mrp free {free!r} is unknown; choose one of {', '.join(FREE)}")
     if variant == "auto":
         variant = "MM" if 0 < n_masks(pattern) <= MAX_MASKS else "SM"
     joint = variant[0] == "M"
@@ -89,24 +92,33 @@ def _right_only(
     mask = torch.ones_like(work, dtype=torch.bool) if keep is None else keep
     m = pattern.m if isinstance(pattern, NofM) else 1
     width = max((block or (m if m > 1 else BLOCK)) // m, 1) * m
-    for start in range(0, n_in, width):
-        end = min(start + width, n_in)
-        # The top left corner of the inverse of the trailing matrix, and its rows.
-        corner = upper[start:end, start:end]
-        inverse = corner.t() @ corner
-        rows = (corner.t() @ upper[start:end, start:]).float()
-        part = work[:, start:end]
-        if keep is None:
-            if joint and isinstance(pattern, NofM):
-                mask[:, start:end] = best_masks(part, inverse, pattern)
-            elif isinstance(pattern, NofM):
-                mask[:, start:end] = keep_mask(part.square() / inverse.diagonal().float(), pattern)
-            else:
-                score = (part.square() / inverse.diagonal().float()).t()
-                mask[:, start:end] = block_share(score, pattern, pattern.group or group, start, end).t()
-        gone = ~mask[:, start:end]
-        work[:, start:].sub_(_multipliers(part, inverse, gone) @ rows)
-        work[:, start:end].masked_fill_(gone, 0)
+    # Narrow blocks reach only each other before their updates are passed on as one matrix product.
+    panel = max(BLOCK // width, 1) * width
+    for first in range(0, n_in, panel):
+        last = min(first + panel, n_in)
+        errors = torch.empty(len(work), last - first, device=work.device)
+        for start in range(first, last, width):
+            end = min(start + width, last)
+            # With U the trailing corner of the factor, Uᵀ U is the inverse of the trailing matrix; its first columns
+            # are those of ``corner`` alone.
+            corner = upper[start:end, start:end]
+            inverse = corner.t() @ corner
+            part = work[:, start:end]
+            if keep is None:
+                if joint and isinstance(pattern, NofM):
+                    mask[:, start:end] = best_masks(part, inverse, pattern)
+                elif isinstance(pattern, NofM):
+                    mask[:, start:end] = keep_mask(part.square() / inverse.diagonal().float(), pattern)
+                else:
+                    score = (part.square() / inverse.diagonal().float()).t()
+                    mask[:, start:end] = block_share(score, pattern, pattern.group or group, start, end).t()
+            gone = ~mask[:, start:end]
+            error = _multipliers(part, inverse, gone) @ corner.t().float()
+            work[:, start:last].sub_(error @ upper[start:end, start:last].float())
+            work[:, start:end].masked_fill_(gone, 0)
+            errors[:, start - first : end - first] = error
+        if last < n_in:
+            work[:, last:].sub_(errors @ upper[first:last, last:].float())
     return work, mask
 
 

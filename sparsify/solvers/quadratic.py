@@ -69,12 +69,16 @@ class Gram:
 
     @property
     def damped(self) -> torch.Tensor:
-        """[in, in] float32: G + damping * mean(diag G) * I, the mean over live inputs.
+        """[in, in] float32: G + damping_used * mean(diag G) * I, the mean over live inputs; positive definite.
 
         A dead input (never non-zero) has no row in G and gets the addend alone, or 1 where that is 0.
+
+        Raises:
+            NumericsError: singular in spite of damping.
         """
         if self._damped is None:
-            self._damped = self._damp(self.damping)
+            self._reversed_factor()
+        assert self._damped is not None
         return self._damped
 
     def _damp(self, share: float) -> torch.Tensor:
@@ -88,18 +92,22 @@ class Gram:
     def _reversed_factor(self) -> torch.Tensor:
         """L, lower, in float64, of J ``damped`` J = L Lᵀ with J the reversal.
 
-        Damping grows tenfold while ``damped`` is not positive definite. ``inverse`` and ``inverse_upper`` both come
-        from this one factor: near singularity one order may factorise where the other does not.
+        Damping grows tenfold while the matrix is not positive definite, and is settled here, before anything is
+        derived: all linears that share an input see the same one. ``inverse`` and ``inverse_upper`` both come from this
+        one factor: near singularity one order may factorise where the other does not.
         """
-        share = self.damping or 1e-6
+        share = self.damping_used
         for _ in range(_STEPS):
+            damped = self._damp(share)
             factor: torch.Tensor
-            factor, info = torch.linalg.cholesky_ex(self.damped.flip(0, 1).double())
+            factor, info = torch.linalg.cholesky_ex(damped.flip(0, 1).double())
             if int(info) == 0:
+                if share != self.damping_used:
+                    # Another order of the inputs got by with less.
+                    self._inverse = self._scaled = self._spectrum = None
+                self._damped, self.damping_used = damped, share
                 return factor
-            share *= 10
-            self.damping_used = share
-            self._damped, self._scaled, self._spectrum = self._damp(share), None, None
+            share = 10 * (share or 1e-6)
         raise NumericsError(
             f"the Gram matrix of {self.n_in} inputs stays singular at a damping of {share / 10:g} of its mean "
             "diagonal; the activations are not usable"
@@ -156,8 +164,16 @@ class Gram:
         return weight.detach().float().masked_fill(self.dead, 0)
 
     def permuted(self, perm: torch.Tensor) -> Gram:
-        """The Gram matrix of the inputs in the order ``perm``."""
-        return Gram(self.matrix[perm][:, perm].contiguous(), self.n_tokens, self.damping)
+        """The Gram matrix of the inputs in the order ``perm``, with what is known of this one that follows an order."""
+        moved = Gram(self.matrix[perm][:, perm].contiguous(), self.n_tokens, self.damping)
+        moved.damping_used = self.damping_used
+        if self._damped is not None:
+            moved._damped = moved._damp(self.damping_used)
+        if self._inverse is not None:
+            moved._inverse = self._inverse[perm][:, perm]
+        if self._spectrum is not None:
+            moved._spectrum = self._spectrum[0], self._spectrum[1][perm]
+        return moved
 
 
 def retarget(

@@ -1,0 +1,60 @@
+"""Gram matrices of a group of linears, each factorised at most once for all linears that share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sparsify.solvers.quadratic import Gram
+from sparsify.stats import InputStats
+
+# Tokens per channel below which a solver is said to have little to go by.
+_TOKENS_PER_CHANNEL = 4
+
+
+class Grams:
+    """Statistics -> their Gram matrix.
+
+    Args:
+        damping: for all of them.
+        length: tokens of a calibration window, for advice.
+        tell: receives a notice and its kind where there are few tokens for the width.
+    """
+
+    def __init__(self, damping: float, length: int = 1, tell: Callable[[str, str], None] | None = None) -> None:
+        self.damping = damping
+        self.length = length
+        self.tell = tell
+        # By identity of the statistics, which are kept beside their matrix so that it stays theirs.
+        self._made: dict[int, tuple[InputStats, Gram]] = {}
+
+    def of(self, stats: InputStats | None, name: str) -> Gram | None:
+        """The matrix, None where none was collected; without a token all inputs count the same.
+
+        Raises:
+            NumericsError: NaN or Inf in it.
+        """
+        if stats is None or stats.gram is None:
+            return None
+        if id(stats) not in self._made:
+            matrix = stats.gram
+            if stats.n_tokens == 0:
+                matrix = torch.eye(len(matrix), device=matrix.device)
+            elif self.tell is not None and stats.n_tokens < _TOKENS_PER_CHANNEL * len(matrix):
+                wanted = -(-10 * len(matrix) // self.length)
+                self.tell(
+                    f"{name}: {stats.n_tokens} calibration tokens for {len(matrix)} inputs, which fits them and "
+                    f"little else; ten times as many as inputs are advised (--windows {wanted})",
+                    f"tokens for {len(matrix)}",
+                )
+            self._made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.damping)
+        return self._made[id(stats)][1]
+
+    def reordered(self, stats: InputStats, perm: torch.Tensor) -> InputStats:
+        """``stats`` with inputs in the order ``perm``, whose matrix takes over what is known of theirs."""
+        moved = stats.permuted(perm)
+        made = self._made.pop(id(stats), None)
+        if made is not None:
+            self._made[id(moved)] = moved, made[1].permuted(perm)
+        return moved

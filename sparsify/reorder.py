@@ -1,0 +1,131 @@
+"""Orders of inputs for the N:M linears of a block: sought, and folded into the neighbouring weights or recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import torch
+
+from sparsify.couplings import Coupling, couplings, fold_attention, fold_mlp, reads_residual
+from sparsify.grams import Grams
+from sparsify.layer import salience, seed_of, target
+from sparsify.methods import Method
+from sparsify.model import Skeleton, weight_view
+from sparsify.permute import search
+from sparsify.stats import InputStats
+from sparsify.types import LinearSpec, NofM, Pattern
+
+# The order [in] that a linear's pattern holds in though its weights are not in it, or None; and how the manifest
+# calls what was done.
+Placed = tuple[torch.Tensor | None, str]
+
+
+class Reorder:
+    """Seeks orders for a run.
+
+    Args:
+        skeleton: the model; the weights of the block at hand are loaded.
+        plan: the method.
+        patterns: linear name -> pattern.
+        seed: of the run.
+        tell: receives notices.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        plan: Method,
+        patterns: dict[str, Pattern],
+        seed: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.skeleton = skeleton
+        self.plan = plan
+        self.patterns = patterns
+        self.seed = seed
+        self.tell = tell
+
+    def group(
+        self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None], grams: Grams
+    ) -> tuple[dict[str, Placed], dict[str, torch.Tensor]]:
+        """Orders for linears of block ``index`` whose statistics were taken together.
+
+        ``stats`` of a linear whose order was folded are replaced by those of the reordered inputs.
+
+        Returns:
+            what became of each N:M linear that has an order; and the orders found here, [in], by linear name.
+        """
+        plan = self.plan
+        grouped = [spec for spec in specs if isinstance(self.patterns[spec.name], NofM)]
+        placed: dict[str, Placed] = {}
+        orders: dict[str, torch.Tensor] = {}
+        if plan.permute == "none" or not grouped:
+            return placed, orders
+        folds = {} if plan.permute == "simulate" else couplings(self.skeleton, index)
+        for spec in grouped:
+            if plan.permute == "residual" and reads_residual(self.skeleton, spec):
+                # The stream's order came with the weights.
+                placed[spec.name] = None, "folded"
+            if spec.name not in folds:
+                continue
+            perm = self._fold(folds[spec.name], self._salience(spec, stats[spec.name], grams))
+            if perm is not None:
+                placed[spec.name], orders[spec.name] = (None, "folded"), perm
+                entry = stats[spec.name]
+                stats[spec.name] = None if entry is None else grams.reordered(entry, perm)
+        if plan.permute in ("gather", "simulate"):
+            # One order per input, so that one gather serves all that read it; or one each, as the paper evaluates it.
+            shared: dict[Any, list[LinearSpec]] = {}
+            for spec in grouped:
+                if spec.name not in placed:
+                    together = plan.permute == "gather" and stats[spec.name] is not None
+                    key = (id(stats[spec.name]), self.patterns[spec.name]) if together else spec.name
+                    shared.setdefault(key, []).append(spec)
+            for members in shared.values():
+                worth = [self._salience(spec, stats[spec.name], grams) for spec in members]
+                perm = self._search(torch.cat(worth), members[0])
+                for spec in members:
+                    placed[spec.name], orders[spec.name] = (perm, "recorded"), perm
+        return placed, {name: order.cpu() for name, order in orders.items()}
+
+    def _salience(self, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor:
+        """[out, in], what each weight of a linear is worth."""
+        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
+        gram = grams.of(stats, spec.name)
+        aim, _ = target(weight, stats, gram, self.plan)
+        return salience(aim, stats, gram, self.plan, seed_of(spec.name, self.seed))
+
+    def _search(self, score: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
+        pattern = self.patterns[spec.name]
+        assert isinstance(pattern, NofM)
+        return search(
+            score,
+            pattern,
+            n_sweeps=self.plan.setting("permute.sweeps"),
+            n_parts=gcd(self.plan.setting("permute.parts"), score.shape[1] // pattern.m),
+            seed=self.seed,
+        ).perm
+
+    def _fold(self, coupling: Coupling, score: torch.Tensor) -> torch.Tensor | None:
+        spec, heads, model = coupling.consumer, coupling.heads, self.skeleton.model
+        if heads is None:
+            perm = self._search(score, spec)
+            fold_mlp(model, coupling, perm)
+            return perm
+        pattern = self.patterns[spec.name]
+        assert isinstance(pattern, NofM)
+        if heads.head_dim % pattern.m:
+            if self.plan.permute != "gather":
+                self.tell(
+                    f"{spec.name}: heads of {heads.head_dim} are no multiple of {pattern.m}; its inputs stay in order"
+                )
+            return None
+        # Query heads that read one key-value head share its order. Groups lie within heads, so moving whole heads would
+        # change no group.
+        by_key = score.reshape(len(score), heads.n_key, -1, heads.head_dim)
+        within = [
+            self._search(by_key[:, key].transpose(0, 1).reshape(-1, heads.head_dim), spec) for key in range(heads.n_key)
+        ]
+        return fold_attention(model, coupling, within).to(score.device)
