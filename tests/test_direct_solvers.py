@@ -362,7 +362,7 @@ def test_what_is_known_of_a_gram_matrix_goes_along_when_inputs_are_permuted(damp
     perm = torch.from_numpy(np.random.default_rng(3).permutation(12))
     # Singular, so that without damping some has to be found.
     gram = gram_of(inputs(2, 5, 12), damping)
-    _ = gram.inverse, gram.spectrum
+    assert gram.inverse.shape == gram.spectrum[1].shape
     moved, fresh = gram.permuted(perm), Gram(gram.matrix[perm][:, perm], gram.n_tokens, gram.damping_used)
     assert moved.damping_used == gram.damping_used
     assert torch.equal(moved.damped, fresh.damped)
@@ -568,7 +568,7 @@ def test_exact_solves_with_the_damping_that_a_singular_gram_takes() -> None:
     found = exact(torch.ones(2, 3), gram, keep).weight
     assert gram.damping_used > gram.damping
     # All inputs are the same one: only the sum of a row matters, and damping spreads it evenly.
-    np.testing.assert_allclose(array(found), [[3, 0, 0], [1.5, 1.5, 0]], rtol=1e-4)
+    np.testing.assert_allclose(array(found), np.array([[3, 0, 0], [1.5, 1.5, 0]]), rtol=1e-4)
 
 
 def test_exact_refuses_a_singular_system() -> None:
