@@ -39,7 +39,8 @@ class Question:
 class Accuracy:
     """Shares of questions answered rightly, ``acc_norm`` per character; standard errors; number of questions.
 
-    With a single choice both are the share of greedy matches.
+    With a single choice both are the share of greedy matches. ``hits`` are the questions that ``acc`` counts, and
+    ``log_likelihoods`` those of all choices, in nats, question after question.
     """
 
     acc: float
@@ -47,6 +48,8 @@ class Accuracy:
     acc_stderr: float
     acc_norm_stderr: float
     n: int
+    hits: tuple[bool, ...]
+    log_likelihoods: tuple[float, ...]
 
 
 def lambada(path: Path) -> list[Question]:
@@ -171,7 +174,8 @@ def accuracy(
     if not questions:
         raise DataError("no questions to ask")
     pairs = [(question.context, choice) for question in questions for choice in question.choices]
-    scores = iter(log_likelihoods(session, encode, pairs, progress=progress))
+    every = log_likelihoods(session, encode, pairs, progress=progress)
+    scores = iter(every)
     plain, normed = [], []
     for question in questions:
         found = [next(scores) for _ in question.choices]
@@ -184,7 +188,15 @@ def accuracy(
         lengths = np.array([len(choice.removeprefix(" ")) for choice in question.choices])
         plain.append(bool(values.argmax() == question.gold))
         normed.append(bool((values / lengths).argmax() == question.gold))
-    return Accuracy(float(np.mean(plain)), float(np.mean(normed)), _stderr(plain), _stderr(normed), len(questions))
+    return Accuracy(
+        float(np.mean(plain)),
+        float(np.mean(normed)),
+        _stderr(plain),
+        _stderr(normed),
+        len(questions),
+        tuple(plain),
+        tuple(value for value, _ in every),
+    )
 
 
 def _stderr(hits: Sequence[bool]) -> float:
