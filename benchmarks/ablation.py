@@ -43,8 +43,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "alps, owl": ("alps", {"allocate": "owl"}),
     "alps, error allocated": ("alps", {"allocate": "error"}),
     "best": ("best", {}),
+    "best, by block": ("best", {"order": "block"}),
+    "best, solved by admm": ("best", {"solver": "admm"}),
     "best, stream ordered": ("best", {"permute": "residual"}),
     "best, owl": ("best", {"allocate": "owl"}),
+    "best, aims 0.35": ("best", {"settings": {"aim.share": 0.35, "aim.residual_share": 0.35}}),
     "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),
     "best, damping 0.003": ("best", {"settings": {"damping": 0.003}}),
 }

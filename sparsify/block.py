@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -84,9 +86,23 @@ class BlockPruner:
         self.reorder = Reorder(skeleton, plan, patterns, seed, self._tell)
 
     def prune(
-        self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams | None
+        self,
+        block: nn.Module,
+        index: int,
+        specs: list[LinearSpec],
+        streams: Streams | None,
+        *,
+        keep_dense: bool = False,
     ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
         """Prune ``specs`` of ``block`` in place.
+
+        Args:
+            block: with its weights loaded.
+            index: its number.
+            specs: its linears that are pruned, one at least.
+            streams: what enters it; None where the method needs no text.
+            keep_dense: write what leaves the dense block to the second of ``streams.dense``, in the last pass that
+                runs it anyway (of a method whose aim is not ``own``).
 
         Returns:
             one record each, in their order; and the order of inputs [in] of those that were reordered.
@@ -112,10 +128,11 @@ class BlockPruner:
                 )
         rows: list[PrunedLinear] = []
         orders: dict[str, torch.Tensor] = {}
-        for group in self._groups(block, index, specs, streams):
-            found, permuted = self._prune_group(
-                index, group, dict(self._collect(block, reference, index, group, streams, places))
-            )
+        groups = self._groups(block, index, specs, streams)
+        for group in groups:
+            keep = streams.dense[1] if keep_dense and streams.dense and group is groups[-1] else None
+            stats = self._collect(block, reference, index, group, streams, places, keep)
+            found, permuted = self._prune_group(index, group, dict(stats))
             rows += found
             orders |= permuted
         place = {spec.name: i for i, spec in enumerate(specs)}
@@ -170,7 +187,9 @@ class BlockPruner:
         specs: list[LinearSpec],
         streams: Streams,
         places: dict[str, str],
+        keep: HiddenFile | None,
     ) -> dict[str, InputStats]:
+        """Statistics of ``specs`` from one pass over the text; ``keep`` receives what leaves the dense block."""
         wanted = Wanted(self.plan.needs_mean, self.plan.needs_gram, self.plan.aim != "own", self.plan.aim == "residual")
         prefix = self.skeleton.prefix(index)
         run = streams.calls.run
@@ -188,15 +207,26 @@ class BlockPruner:
                 watch(reference, prefix, specs, tape, places.values()),
                 collect(block, prefix, specs, wanted, tape, places) as collector,
             ):
-                for hidden, entering in zip(
-                    streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True
-                ):
-                    tape.rewind()
-                    with tape.window():
-                        run(reference, index, entering)
-                    with collector.window():
-                        run(block, index, hidden)
-                    self.progress.advance()
+
+                def passes() -> Iterator[torch.Tensor]:
+                    for hidden, entering in zip(
+                        streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True
+                    ):
+                        tape.rewind()
+                        leaving = entering
+                        # What leaves the block takes a complete pass, the inputs of its linears alone a shorter one.
+                        with nullcontext() if keep is not None else tape.window():
+                            leaving = run(reference, index, entering)
+                        with collector.window():
+                            run(block, index, hidden)
+                        self.progress.advance()
+                        yield leaving
+
+                if keep is not None:
+                    keep.write(passes())
+                else:
+                    for _ in passes():
+                        pass
         stats = collector.result(specs)
         self._check_seen(index, specs, stats)
         return stats

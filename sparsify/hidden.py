@@ -44,6 +44,12 @@ class HiddenFile:
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
         self.layout = layout
+        self.crc32: int | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Name and CRC-32 of what ``write`` wrote, for the state of an interruptible run."""
+        return {"file": self.path.name, "crc32": self.crc32}
 
     def windows(self, device: str) -> Iterator[torch.Tensor]:
         """Yield each window [1, length, width]."""
@@ -56,8 +62,8 @@ class HiddenFile:
                 window = torch.frombuffer(buffer, dtype=layout.dtype)
                 yield window.reshape(1, layout.length, layout.width).to(device)
 
-    def write(self, windows: Iterator[torch.Tensor]) -> int:
-        """Replace the file by ``windows`` and return the CRC-32 of its bytes; on disk when this returns.
+    def write(self, windows: Iterator[torch.Tensor]) -> None:
+        """Replace the file by ``windows``; on disk when this returns.
 
         Raises:
             OutputError: disk full.
@@ -70,7 +76,7 @@ class HiddenFile:
                 file.write(data)
             file.flush()
             sync_folder(self.path)
-        return checksum
+        self.crc32 = checksum
 
 
 def file_crc32(path: Path) -> int:

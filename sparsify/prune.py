@@ -293,16 +293,22 @@ class _Run:
             hidden: list[dict[str, Any]] = []
             ahead = streams is not None and index < last
             entering = streams.turned(index) if streams is not None else None
-            if ahead and entering is not None and entering.dense is not None:
-                hidden.append(self._write_hidden(block, index, entering, entering.dense))
-            rows, orders = pruner.prune(block, index, specs, entering) if specs else ([], {})
+            dense = entering.dense if ahead and entering is not None else None
+            # Where the method runs the dense block anyway, the pruner writes what leaves it on its way.
+            keep_dense = dense is not None and bool(specs) and plan.aim != "own"
+            if entering is not None and dense is not None and not keep_dense:
+                self._write_hidden(block, index, entering, dense)
+            rows, orders = pruner.prune(block, index, specs, entering, keep_dense=keep_dense) if specs else ([], {})
             part = self.folder / _ORDERS.format(index)
             if orders:
                 write_permutations(part, orders)
             found = {"file": part.name, "crc32": file_crc32(part)} if orders else None
             write_shard(self.folder / shard, self.binding.stored_form(index))
             if ahead and entering is not None and plan.inputs == "pruned":
-                hidden.append(self._write_hidden(block, index, entering, entering.pruned))
+                self._write_hidden(block, index, entering, entering.pruned)
+            if ahead and entering is not None:
+                pairs = [entering.pruned] if plan.inputs == "pruned" else []
+                hidden = [files[1].record for files in (*pairs, *filter(None, [dense]))]
             self.binding.unload(block)
             return_freed_memory()
             self._commit_block(shard, rows, hidden, found)
@@ -315,8 +321,12 @@ class _Run:
         # By group, nearly every architecture has four: before attention, its output, before the MLP, its output.
         passes = 4 if plan.order == "group" else 1
         streams = len(self._stream_names())
+        # Dense outputs come out of the last of the passes, if there are any.
+        along = int(plan.aim != "own")
         return [
-            1 + n_windows * (passes * bool(specs) + streams * (index < last)) + (len(specs) if n_windows else 0)
+            1
+            + n_windows * (passes * bool(specs) + (streams - along * bool(specs)) * (index < last))
+            + (len(specs) if n_windows else 0)
             for index, specs in enumerate(chosen)
         ]
 
@@ -336,16 +346,13 @@ class _Run:
         calls, files = enter(self.binding, ids, pairs, self.dtype, self.device, resume=done > 0)
         return Streams(calls, files[0], files[-1] if names[-1] is _DENSE else None)
 
-    def _write_hidden(
-        self, block: Any, index: int, streams: Streams, files: tuple[HiddenFile, HiddenFile]
-    ) -> dict[str, Any]:
+    def _write_hidden(self, block: Any, index: int, streams: Streams, files: tuple[HiddenFile, HiddenFile]) -> None:
         def windows() -> Iterator[torch.Tensor]:
             for hidden in files[0].windows(self.device):
                 yield streams.calls.run(block, index, hidden)
                 self.progress.advance()
 
-        checksum = files[1].write(windows())
-        return {"file": files[1].path.name, "crc32": checksum}
+        files[1].write(windows())
 
     # --- the rest of the checkpoint --------------------------------------------------------------------------------
 

@@ -11,6 +11,9 @@ import torch
 
 from sparsify.errors import NumericsError
 
+# Strips in which a Gram matrix is summed, each from its diagonal block on: 5/8 of the work.
+_PANELS = 4
+
 
 @dataclass(frozen=True)
 class InputStats:
@@ -114,7 +117,10 @@ class Accumulator:
         if self.total is not None:
             self.total += tokens.sum(dim=0, dtype=torch.float64)
         if self.gram is not None:
-            self.gram.addmm_(tokens.t(), tokens)
+            # Symmetric: what is left of the diagonal blocks follows in ``result``.
+            width = -(-self.gram.shape[0] // _PANELS)
+            for a in range(0, self.gram.shape[0], width):
+                self.gram[a : a + width, a:].addmm_(tokens[:, a : a + width].t(), tokens[:, a:])
         if self.cross is not None:
             if dense is None or dense.shape != x.shape:
                 self.cross = None
@@ -144,6 +150,6 @@ class Accumulator:
             total = self.total.float()
             scatter = (self.sq_norm - self.total.square() / max(self.n_tokens, 1)).clamp_min(0).float()
         if self.gram is not None:
-            # A product of finite values may be rounded differently above and below the diagonal.
-            self.gram = (self.gram + self.gram.t()).div_(2)
+            self.gram = self.gram.triu_()
+            self.gram += self.gram.triu(1).t()
         return InputStats(sq_norm, self.n_tokens, total, self.gram, self.cross, self.shift, scatter)
