@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made from configs; real models where the machine has them."""
+"""Models: tiny random ones of every family, made from configs, and real ones where they are; runs, and their end."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import importlib.util
 import io
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ import pytest
 import torch
 import transformers
 
+pytest.register_assert_rewrite("tests.problems", "tests.coupled")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "data/models/stories260k"
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 _SIZE: dict[str, Any] = {
     "hidden_size": 32,
@@ -73,6 +78,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         hidden_size=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=2
     ),
 }  # fmt: skip
+# What CONFIGS lacks, for couplings. Three key heads with three query heads each: orders that are not their own inverse.
+EXTRA: dict[str, Callable[[], Any]] = {
+    "llama-nine-heads": lambda: transformers.LlamaConfig(
+        **{**_SIZE, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8},
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "llama-mha": lambda: transformers.LlamaConfig(**{**_SIZE, "num_key_value_heads": 4}),
+    "llama-mqa": lambda: transformers.LlamaConfig(**{**_SIZE, "num_key_value_heads": 1}),
+    "llama-one-head": lambda: transformers.LlamaConfig(**{**_SIZE, "num_attention_heads": 1, "num_key_value_heads": 1}),
+    "phi-norms": lambda: transformers.PhiConfig(**_SIZE, qk_layernorm=True),
+    "starcoder2": lambda: transformers.Starcoder2Config(**_SIZE),
+    "olmo2": lambda: transformers.Olmo2Config(**_SIZE),
+    "cohere": lambda: transformers.CohereConfig(**_SIZE, use_qk_norm=True),
+    "smollm3": lambda: transformers.SmolLM3Config(**_SIZE),
+    "stablelm": lambda: transformers.StableLmConfig(**_SIZE, qk_layernorm=True),
+}
 
 
 def save_random_model(folder: Path, config: Any, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
@@ -88,12 +110,12 @@ def save_random_model(folder: Path, config: Any, *, dtype: torch.dtype = torch.f
 
 @pytest.fixture(scope="session")
 def random_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Model type -> folder of a tiny random model, made once."""
+    """Name in ``CONFIGS`` or ``EXTRA`` -> folder of a tiny random model, made once."""
     root = tmp_path_factory.mktemp("models")
 
     def get(model_type: str) -> Path:
         folder = root / model_type
-        return folder if folder.exists() else save_random_model(folder, CONFIGS[model_type]())
+        return folder if folder.exists() else save_random_model(folder, {**CONFIGS, **EXTRA}[model_type]())
 
     return get
 
@@ -168,7 +190,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+def cli() -> Run:
     """Run ``sparsify`` as its entry point does; in a process of its own where ``subprocess.run`` options are given."""
 
     def run(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -191,3 +213,44 @@ def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture
+def prune(cli: Run, llama: Path, ids_file: str, tmp_path: Path) -> Run:
+    """``sparsify prune`` of the tiny llama with good options, and others on top."""
+
+    def run(*options: Any, model: Any = llama, **more: Any) -> subprocess.CompletedProcess[str]:
+        return cli("prune", model, "--calibration", ids_file, "--out", tmp_path / "out", *options, **more)
+
+    return run
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def refuse(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert result.returncode == code, result.stderr + result.stdout
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("notice:", "problem:"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    *,
+    after: int = 0,
+    when: Callable[..., bool] = lambda *arguments, **options: True,
+) -> None:
+    """Ctrl-C in place of a call of ``target``, a dotted name: of those that ``when`` holds for, number ``after``."""
+    original, numbers = pkgutil.resolve_name(target), count()
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments, **options) and next(numbers) == after:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(target, stop)

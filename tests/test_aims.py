@@ -173,7 +173,7 @@ def test_allocations_survive_an_interruption(
 
     recipe = Recipe("0.5", "wanda", allocate=allocate, calibration=ids_file)
     whole = prune(source(llama), recipe, tmp_path / "whole")
-    monkeypatch.setattr(driver._Run, "blocks", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    conftest.interrupt(monkeypatch, "sparsify.prune._Run.blocks")
     with pytest.raises(KeyboardInterrupt):
         prune(source(llama), recipe, tmp_path / "out")
     monkeypatch.undo()

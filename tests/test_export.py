@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from sparsify import manifest, pipeline
+from sparsify import manifest
 from sparsify.checkpoint import CheckpointReader, portable_config
 from sparsify.errors import OutputError, UsageError, VerificationError
 from sparsify.exporters.hf import export_hf
@@ -19,6 +19,7 @@ from sparsify.prune import prune
 from sparsify.recipe import Recipe
 from sparsify.source import Source
 from sparsify.verify import verify
+from tests.conftest import interrupt
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def test_the_pipeline_resumes_and_refuses_another_request(
     stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = Source("stories", stories, "folder"), tmp_path / "out"
-    monkeypatch.setattr(pipeline, "evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt(monkeypatch, "sparsify.pipeline.evaluate")
     with pytest.raises(KeyboardInterrupt):
         prune_and_export(source, targets=["hf"], out=out, **REQUEST)
     monkeypatch.undo()
@@ -230,10 +231,8 @@ def test_the_pipeline_resumes_and_refuses_another_request(
 def test_damaged_interrupted_pruning_inside_the_pipeline_starts_again_when_told(
     stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsify import prune as driver
-
     source, out = Source("stories", stories, "folder"), tmp_path / "out"
-    monkeypatch.setattr(driver._Run, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt(monkeypatch, "sparsify.prune._Run.finish")
     with pytest.raises(KeyboardInterrupt):
         prune_and_export(source, targets=["hf"], out=out, **REQUEST)
     monkeypatch.undo()
@@ -249,7 +248,7 @@ def test_finished_parts_that_were_damaged_are_made_again_when_told(
     stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = Source("stories", stories, "folder"), tmp_path / "out"
-    monkeypatch.setattr(pipeline, "export", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    interrupt(monkeypatch, "sparsify.pipeline.export")
     with pytest.raises(KeyboardInterrupt):
         prune_and_export(source, targets=["hf"], out=out, **REQUEST)
     monkeypatch.undo()

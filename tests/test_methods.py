@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -79,18 +78,13 @@ def test_every_method_prunes_every_kind_of_block(
 def test_an_interrupted_run_ends_in_the_same_bits(
     method: str, llama: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsify import block
-
     recipe = Recipe("2:4", method, calibration=ids_file)
     whole = prune(source(llama), recipe, tmp_path / "whole")
-    original = block.BlockPruner._prune_linear
-
-    def fail(self: Any, spec: Any, *rest: Any) -> Any:
-        if ".1.self_attn.o_proj" in spec.name:
-            raise KeyboardInterrupt
-        return original(self, spec, *rest)
-
-    monkeypatch.setattr(block.BlockPruner, "_prune_linear", fail)
+    conftest.interrupt(
+        monkeypatch,
+        "sparsify.block.BlockPruner._prune_linear",
+        when=lambda _, spec, *rest: ".1.self_attn.o_proj" in spec.name,
+    )
     with pytest.raises(KeyboardInterrupt):
         prune(source(llama), recipe, tmp_path / "out")
     monkeypatch.undo()

@@ -300,10 +300,8 @@ def test_what_was_never_committed_to_is_not_delivered(llama: Path, tmp_path: Pat
 def test_overwrite_resumes_what_can_be_resumed(
     llama: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsify import prune as driver
-
     recipe = Recipe("2:4", calibration=ids_file)
-    monkeypatch.setattr(driver._Run, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    conftest.interrupt(monkeypatch, "sparsify.prune._Run.finish")
     with pytest.raises(KeyboardInterrupt):
         prune(source(llama), recipe, tmp_path / "out", overwrite=True)
     monkeypatch.undo()
@@ -336,18 +334,13 @@ def test_nan_outside_the_blocks_is_found(name: str, llama: Path, tmp_path: Path,
 def test_a_failed_run_resumes_and_another_recipe_is_refused(
     llama: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsify import block
-
     recipe = Recipe("2:4", calibration=ids_file)
     whole = prune(source(llama), recipe, tmp_path / "whole")
-    original = block.BlockPruner._prune_linear
-
-    def fail(self: Any, spec: Any, *rest: Any) -> Any:
-        if ".1.mlp.up_proj" in spec.name:
-            raise KeyboardInterrupt
-        return original(self, spec, *rest)
-
-    monkeypatch.setattr(block.BlockPruner, "_prune_linear", fail)
+    conftest.interrupt(
+        monkeypatch,
+        "sparsify.block.BlockPruner._prune_linear",
+        when=lambda _, spec, *rest: ".1.mlp.up_proj" in spec.name,
+    )
     with pytest.raises(KeyboardInterrupt):
         prune(source(llama), recipe, tmp_path / "out")
     monkeypatch.undo()
@@ -365,9 +358,7 @@ def test_a_failed_run_resumes_and_another_recipe_is_refused(
 def test_damaged_interrupted_work_is_noticed(
     damage: str, llama: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsify import prune as driver
-
-    monkeypatch.setattr(driver._Run, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    conftest.interrupt(monkeypatch, "sparsify.prune._Run.finish")
     recipe = Recipe("2:4", calibration=ids_file)
     with pytest.raises(KeyboardInterrupt):
         prune(source(llama), recipe, tmp_path / "out")
