@@ -336,7 +336,7 @@ def _check_combination(plan: Method) -> None:
         raise UsageError(
             "aim residual with inputs dense: the stream that enters a block has no error; use --set aim=dense"
         )
-    if plan.score == "symwanda" and 0 < plan.setting("symwanda.p") < 0.25:
+    if plan.score == "symwanda" and plan.setting("symwanda.norms") == "lp" and 0 < plan.setting("symwanda.p") < 0.25:
         raise UsageError("symwanda.p between 0 and 0.25: such norms are beyond float32; use 0, or at least 0.25")
     if plan.permute == "residual" and not plan.needs_data:
         raise UsageError(

@@ -115,6 +115,18 @@ def test_right_only_chooses_n_of_m_masks_as_defined(
     assert gap(solution.weight, expected, gram, w) < CLOSE
 
 
+@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(3, 5)])
+@pytest.mark.parametrize("block", [None, 60, 300])
+def test_right_only_is_the_definition_past_a_panel_of_narrow_blocks(pattern: NofM, block: int | None) -> None:
+    m = pattern.m
+    w, gram = problem(1, 3, 300 // m * m, 400)
+    solution = mrp(w, gram, pattern, variant="MM", block=block, free="right")
+    width = m if block is None else block // m * m
+    check = joints(pattern.n, m)
+    expected = naive_right_only(array(w), array(gram.damped), solution.keep.numpy(), width, check)
+    assert gap(solution.weight, expected, gram, w) < CLOSE
+
+
 @pytest.mark.parametrize("group", ["layer", "row"])
 @pytest.mark.parametrize(("block", "n_in"), [(1, 20), (7, 20), (20, 20), (None, 20), (None, 200)])
 def test_right_only_chooses_unstructured_masks_as_defined(block: int | None, n_in: int, group: str) -> None:
@@ -148,6 +160,12 @@ def test_variants_are_made_of_mask_and_compensation() -> None:
 def test_auto_enumerates_where_it_can(pattern: Pattern, variant: str) -> None:
     w, gram = problem(0, 8, 32)
     assert torch.equal(mrp(w, gram, pattern).weight, mrp(w, gram, pattern, variant=variant).weight)
+
+
+def test_an_unknown_freedom_is_refused() -> None:
+    w, gram = problem(0, 2, 8)
+    with pytest.raises(UsageError, match="free 'left' is unknown"):
+        mrp(w, gram, NofM(2, 4), free="left")
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,10 @@ def test_unknown_models_and_the_embedded_one_when_it_is_missing(prune: Run, tmp_
         (["--method", "ria-cp", "--pattern", "0.5"], ["permute", "N:M"]),
         (["--method", "fistapruner", "--set", "order=block"], ["order=group"]),
         (["--method", "magnitude", "--set", "permute=residual"], ["permute residual", "permute=fold"]),
+        (
+            ["--method", "symwanda", "--set", "symwanda.norms=lp", "--set", "symwanda.p=0.1"],
+            ["symwanda.p", "at least 0.25"],
+        ),
         (["--set", "allocate=owl"], ["allocate owl", "2:4"]),
         (["--method", "dsnot", "--set", "dsnot.safe=1"], ["true or false"]),
         (["--method", "dsnot", "--set", "dsnot.cycles=1.5"], ["whole number"]),
