@@ -2,13 +2,15 @@
 
     python benchmarks/method_cost.py --model DIR --ids FILE:calibration_ids --out benchmarks/results/method_cost.json
 
-Every run prunes the same folder to 2:4 in a process of its own; the methods take turns (`--runs` rounds).
+Every run prunes the same folder in a process of its own; the methods take turns (`--runs` rounds). With `--exclude`
+globs for the last blocks only the others are pruned, and the pass over the text ends there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--exclude", nargs="*", default=[], help="globs of linears to leave dense")
     options = parser.parse_args()
     version = commit()
     records: list[dict[str, Any]] = []
@@ -38,6 +41,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 command = [sys.executable, "-m", "sparsify", "prune", options.model, "--pattern", options.pattern]
                 command += ["--method", method, "--calibration", options.ids, "--out", f"{scratch}/out"]
+                command += [part for glob in options.exclude for part in ("--exclude", glob)]
                 records.append({"run": i, "method": method, **run(command, Path(scratch) / "log")})
                 print(json.dumps(records[-1]), flush=True)
     table = []
@@ -59,7 +63,14 @@ def main() -> None:
                 }
             )
             print(json.dumps(table[-1]), flush=True)
-    body = {"commit": version, "pattern": options.pattern, "table": table, "records": records}
+    body = {
+        "commit": version,
+        "pattern": options.pattern,
+        "excluded": options.exclude,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "table": table,
+        "records": records,
+    }
     options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 

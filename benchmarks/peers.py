@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--official-rounding", action="store_true")
     parser.add_argument("--official-threshold", action="store_true")
     parser.add_argument("--only", nargs="*", help="rows by name, as in wanda:2/4 or ria:2/4:permute=gather")
+    parser.add_argument("--keep", type=Path, help="folder for the pruned models, which are otherwise deleted")
     parser.add_argument("--text", type=Path, help="calibrate on this text instead, drawn with each of --seeds")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     options = parser.parse_args()
@@ -181,7 +182,8 @@ def main() -> None:
         for calibration, seed in draws:
             with tempfile.TemporaryDirectory() as scratch:
                 recipe = Recipe(row.pattern, row.method, calibration=calibration, seed=seed, **row.changes)
-                out = prune(source, recipe, Path(scratch) / "out")
+                kept = options.keep / f"{row.name.replace('/', '_')}-{seed}" if options.keep else None
+                out = prune(source, recipe, kept or Path(scratch) / "out")
                 body, run = read_manifest(out), read_json(out / "run.json")
                 keep(
                     {
