@@ -44,12 +44,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "alps, error allocated": ("alps", {"allocate": "error"}),
     "best": ("best", {}),
     "best, by block": ("best", {"order": "block"}),
-    "best, solved by admm": ("best", {"solver": "admm"}),
+    "best, solved by alps": ("best", {"solver": "alps"}),
+    "best, 40 iterations": ("best", {"settings": {"admm.iterations": 40}}),
     "best, stream ordered": ("best", {"permute": "residual"}),
     "best, owl": ("best", {"allocate": "owl"}),
     "best, aims 0.35": ("best", {"settings": {"aim.share": 0.35, "aim.residual_share": 0.35}}),
+    "best, damping 0.1": ("best", {"settings": {"damping": 0.1}}),
     "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),
     "best, damping 0.003": ("best", {"settings": {"damping": 0.003}}),
+    "fast, damping 0.1": ("fast", {"settings": {"damping": 0.1}}),
 }
 
 

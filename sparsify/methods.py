@@ -261,8 +261,8 @@ METHODS: dict[str, Method] = {
         solver="sparsegpt", order="group", aim="residual", for_groups={"permute": "fold"}, settings=_HALFWAY,
     ),
     "best": Method(
-        "alps aimed halfway at the dense model; reordered inputs for N:M", "gram+", "docs/recipes.md",
-        solver="alps", order="group", aim="residual", for_groups={"permute": "fold"}, settings=_HALFWAY,
+        "admm aimed halfway at the dense model; reordered inputs for N:M", "gram+", "docs/recipes.md",
+        solver="admm", order="group", aim="residual", for_groups={"permute": "fold"}, settings=_HALFWAY,
     ),
 }  # fmt: skip
 """The table: name -> method."""
