@@ -211,10 +211,10 @@ def use_official_rounding() -> None:
     """Replace our accumulator and RIA's expression by the official order of operations."""
     import torch
 
-    from sparsify import scores, stats
+    from sparsify import scores, stats, watch
 
     class RunningMean(stats.Accumulator):
-        def add(self, x: torch.Tensor) -> None:
+        def add(self, x: torch.Tensor, dense: torch.Tensor | None = None, shift: torch.Tensor | None = None) -> None:
             tokens = x.reshape(-1, x.shape[-1]).float()
             seen = self.n_tokens // tokens.shape[0]
             mean = (self.sq_norm / max(self.n_tokens, 1)).float() * tokens.shape[0]
@@ -228,7 +228,7 @@ def use_official_rounding() -> None:
         importance = size / size.sum(dim=0) + size / size.sum(dim=1).reshape(-1, 1)
         return importance * norm.reshape(1, -1) ** 0.5
 
-    stats.Accumulator = RunningMean  # type: ignore[misc]
+    watch.Accumulator = RunningMean  # type: ignore[misc]
     scores.SCORES["ria"] = ria
 
 
