@@ -23,15 +23,15 @@ from provenance import commit
 WIDTH = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8}
 
 
-def make_model(folder: Path, n_blocks: int) -> None:
-    """A bfloat16 checkpoint with one shard per block, never more than one in memory."""
+def make_model(folder: Path, n_blocks: int, shape: dict[str, int], length: int = 512) -> None:
+    """A bfloat16 Llama of random weights, one shard per block, never more than one of them in memory."""
     import torch
     import transformers
 
     from sparsify.checkpoint import write_index, write_shard
 
     config = transformers.LlamaConfig(
-        **WIDTH, num_hidden_layers=n_blocks, vocab_size=1024, max_position_embeddings=512, dtype="bfloat16"
+        **shape, num_hidden_layers=n_blocks, vocab_size=1024, max_position_embeddings=length, dtype="bfloat16"
     )
     with torch.device("meta"):
         state = transformers.AutoModelForCausalLM.from_config(config).state_dict()
@@ -101,7 +101,7 @@ def main() -> None:
     for n_blocks in (4, 16, 64):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
-            make_model(folder, n_blocks)
+            make_model(folder, n_blocks, WIDTH)
             size = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             ids = Path(scratch) / "ids.safetensors"
             save_file({"ids": torch.randint(0, 1024, (8, 128), generator=torch.Generator().manual_seed(0))}, ids)
