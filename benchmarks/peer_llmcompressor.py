@@ -105,7 +105,8 @@ def load_windows(path: Path, name: str, batch_size: int) -> Any:
         ids = file.get_tensor(name).long()
     if ids.ndim != 2:
         raise SystemExit(f"{name} in {path} has shape {tuple(ids.shape)}, expected [windows, tokens]")
-    return DataLoader([{"input_ids": window} for window in ids], batch_size=batch_size, shuffle=False)
+    windows: Any = [{"input_ids": window} for window in ids]
+    return DataLoader(windows, batch_size=batch_size, shuffle=False)
 
 
 def check(model: Any, n_kept: int, group: int) -> dict[str, int | float]:
@@ -151,7 +152,7 @@ def main() -> None:
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    windows = load_windows(*args.ids, args.batch_size)
+    windows = load_windows(args.ids[0], args.ids[1], args.batch_size)
     tokenizer = AutoTokenizer.from_pretrained(args.model)  # asked for, though nothing is tokenised
     source_dtype = AutoConfig.from_pretrained(args.model).dtype
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)

@@ -21,7 +21,7 @@ _CHOICE = {
 
 def definitions(folder: Path) -> dict[str, dict[str, Any]]:
     """lm-eval's definitions, by our name of the task."""
-    from lm_eval.tasks.hellaswag.utils import process_docs  # type: ignore[import-not-found]
+    from lm_eval.tasks.hellaswag.utils import process_docs
 
     def files(name: str) -> dict[str, Any]:
         return {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / name)}}}
@@ -61,9 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    import lm_eval  # type: ignore[import-not-found]
-    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-not-found]
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=options.model, dtype="float32", device="cpu", batch_size=1)
     tasks = {

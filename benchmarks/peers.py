@@ -228,7 +228,8 @@ def use_official_rounding() -> None:
         importance = size / size.sum(dim=0) + size / size.sum(dim=1).reshape(-1, 1)
         return importance * norm.reshape(1, -1) ** 0.5
 
-    watch.Accumulator = RunningMean  # type: ignore[misc]
+    replaced: Any = watch
+    replaced.Accumulator = RunningMean
     scores.SCORES["ria"] = ria
 
 
@@ -239,15 +240,17 @@ def use_official_threshold() -> None:
     from sparsify import layer
     from sparsify.types import Pattern, Unstructured
 
-    ours = layer.keep_mask
+    replaced: Any = layer
+    ours = replaced.keep_mask
 
     def keep_mask(score: torch.Tensor, pattern: Pattern, *, default_group: str = "layer") -> torch.Tensor:
         if isinstance(pattern, Unstructured) and default_group == "layer":
             ordered = score.flatten().sort().values
             return score > ordered[int(pattern.sparsity * score.numel())]
-        return ours(score, pattern, default_group=default_group)
+        kept: torch.Tensor = ours(score, pattern, default_group=default_group)
+        return kept
 
-    layer.keep_mask = keep_mask
+    replaced.keep_mask = keep_mask
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,12 @@ def main() -> None:
     for entry in options.models:
         name, _, model = entry.partition("=")
         folder = resolve(model).folder
-        encode = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        encode = partial(tokenizer.encode, add_special_tokens=False)
         theirs = _lm_eval(options.python, folder, options) if options.python else None
         with TorchSession(folder) as session:
             for task, asked in questions.items():
-                found = zeroshot.accuracy(
-                    session, lambda text, e=encode: e.encode(text, add_special_tokens=False), asked[: options.limit]
-                )
+                found = zeroshot.accuracy(session, encode, asked[: options.limit])
                 record = {
                     "model": name,
                     "task": task,
