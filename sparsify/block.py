@@ -261,7 +261,13 @@ class BlockPruner:
             outcome = self._solve(spec, aim, stats, gram, perm)
         except NumericsError as error:
             raise NumericsError(f"{spec.name}: {error}") from None
-        weight.copy_(outcome.weight.to(self.dtypes.get(spec.parameter, weight.dtype)))
+        stored = outcome.weight.to(self.dtypes.get(spec.parameter, weight.dtype))
+        if not bool(torch.isfinite(stored).all()):
+            raise NumericsError(
+                f"{spec.name}: weights too large for {str(stored.dtype).removeprefix('torch.')} came out; "
+                "try --set damping=0.1 or more calibration text"
+            )
+        weight.copy_(stored)
         status = outcome.status
         if stats is not None and stats.n_tokens == 0:
             status = "fallback: no calibration token came here, all inputs counted as equal"

@@ -14,6 +14,7 @@ from sparsify.solvers.refit import refit
 from sparsify.solvers.sparsegpt import sparsegpt
 from sparsify.types import NofM, parse_pattern
 from tests.problems import (
+    DIRECT,
     INPUT_KINDS,
     Solver,
     activations,
@@ -100,6 +101,17 @@ def test_the_scale_of_an_input_changes_nothing_but_its_weights(solver: str, text
     scaled = solve(w * a, Gram(gram.matrix / a / a[:, None], gram.n_tokens, 0.0), pattern)
     assert torch.equal(scaled.keep, solution.keep)
     torch.testing.assert_close(scaled.weight, solution.weight * a, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, *DIRECT])
+@pytest.mark.parametrize("faint", [1e-4, 1e-8])
+def test_a_faint_echo_of_a_loud_input_gets_no_weight_without_bounds(solver: str, faint: float) -> None:
+    w, x = weights(0, 8, 16), activations(0, 16, 64)
+    # Undamped, an echo could stand in for a removed input with weights of 1 / faint; N:M keeps half of the echoes.
+    x[:, 8:] = faint * x[:, :8]
+    gram, pattern = gram_of(x), NofM(2, 4)
+    found = (SOLVERS | DIRECT)[solver](w, gram, pattern).weight
+    assert float(found.abs().max()) < 10 * float(w.abs().max())
 
 
 @pytest.mark.parametrize("solver", ["admm", "alps"])

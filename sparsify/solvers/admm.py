@@ -37,7 +37,7 @@ def admm(
 
     Args:
         weight: [out, in].
-        gram: inputs; its own damping is not used, the paper's 0.1 of the scaled diagonal is.
+        gram: inputs; to its damping comes the paper's regulariser, 0.1 of the scaled diagonal.
         pattern: what to keep.
         n_iter: iterations in all, at least 1.
         n_gradual: those in which the mask still grows, no more than ``n_iter``.
@@ -48,9 +48,16 @@ def admm(
         the solution; ``converged`` where the iterate and its projection agree to 1e-3, else ``max_iter``, which is
         usual: the number of iterations is the method's own rule.
     """
-    scale, inverse, scaled = _scaled(gram)
+    # In units of the damped diagonal: a channel that is all but silent has a unit of its own otherwise, in which the
+    # regulariser is next to nothing, and correlated with a loud one it gets a weight without bounds.
+    scale, scaled = gram.scaled
+    regularised = scaled.clone()
+    regularised.diagonal().add_(_REGULARISER)
+    system = regularised.double()
+    system.diagonal().add_(_RHO)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system)).float()
     dense = gram.live(weight).mul_(scale)
-    target = dense @ scaled
+    target = dense @ regularised
     iterate, dual = dense.clone(), torch.zeros_like(dense)
     mask = torch.ones_like(dense, dtype=torch.bool) if keep is None else keep
     gap = float("inf")
@@ -68,16 +75,6 @@ def admm(
             size = float(torch.linalg.vector_norm(iterate))
             gap = float(torch.linalg.vector_norm(iterate - projected)) / size if size > 0 else 0.0
     return Solution((iterate + dual) * mask / scale, mask, n_iter, "converged" if gap < 1e-3 else "max_iter")
-
-
-def _scaled(gram: Gram) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scale [in], (G' + rho I)⁻¹ and the regularised G' with unit diagonal."""
-    scale = gram.matrix.diagonal().sqrt().masked_fill(gram.dead, 1)
-    scaled = gram.matrix / scale / scale[:, None]
-    scaled.diagonal().masked_fill_(gram.dead, 1).add_(_REGULARISER)
-    shifted = scaled.double()
-    shifted.diagonal().add_(_RHO)
-    return scale, torch.cholesky_inverse(torch.linalg.cholesky(shifted)).float(), scaled
 
 
 def _gradual(score: torch.Tensor, pattern: Pattern, group: str, step: int, n_steps: int) -> torch.Tensor:

@@ -37,7 +37,11 @@ def dsnot(
 
     e = Σ_removed W_r E[x_r] is the mean of dense minus sparse output of a row. A cycle restores the removed weight that
     moves e towards 0 the most per variance of its input, and removes the kept weight of least importance that moves it
-    towards 0 too. A weight is moved once at most. Row counts stay; for N:M both are of one group.
+    towards 0 too. A weight is moved once at most. Row counts stay.
+
+    For N:M the weight removed is the least important one of the group, whichever way it moves e (among two kept weights
+    there is little choice), and a row is done before the first swap that would turn the sign of e, as in the authors'
+    code.
 
     Args:
         weight: [out, in], dense.
@@ -80,10 +84,11 @@ def dsnot(
             gain += bonus[active]
         gain.masked_fill_(on | ~movable, -torch.inf)
         best, i = gain.max(dim=1)
-        candidates = on & movable & (contribution[active] * sign < 0)
         if isinstance(pattern, NofM):
             of_group = torch.arange(dense.shape[1], device=dense.device) // pattern.m
-            candidates &= of_group == (i // pattern.m).unsqueeze(1)
+            candidates = on & movable & (of_group == (i // pattern.m).unsqueeze(1))
+        else:
+            candidates = on & movable & (contribution[active] * sign < 0)
         least, j = prune[active].masked_fill(~candidates, torch.inf).min(dim=1)
         row = active
         after = error[row] - contribution[row, i].double() + contribution[row, j].double()
@@ -92,8 +97,10 @@ def dsnot(
             found &= after.abs() < error[row].abs()
         if isinstance(pattern, NofM):
             # Without a partner in its group a candidate is passed over, and the row goes on to its next.
+            overshoots = found & (after.sign() != error[row].sign())
+            found &= ~overshoots
             free[row[~found], i[~found]] = False
-            going_on = found | torch.isfinite(best)
+            going_on = torch.isfinite(best) & ~overshoots
         else:
             going_on = found
         row, i, j = row[found], i[found], j[found]
