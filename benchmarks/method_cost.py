@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--ids", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="by name, or with changes: best,solver=alps")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--exclude", nargs="*", default=[], help="globs of linears to leave dense")
     options = parser.parse_args()
@@ -40,7 +40,9 @@ def main() -> None:
         for method in options.methods:
             with tempfile.TemporaryDirectory() as scratch:
                 command = [sys.executable, "-m", "sparsify", "prune", options.model, "--pattern", options.pattern]
-                command += ["--method", method, "--calibration", options.ids, "--out", f"{scratch}/out"]
+                name, *changes = method.split(",")
+                command += ["--method", name, "--calibration", options.ids, "--out", f"{scratch}/out"]
+                command += [part for change in changes for part in ("--set", change)]
                 command += [part for glob in options.exclude for part in ("--exclude", glob)]
                 records.append({"run": i, "method": method, **run(command, Path(scratch) / "log")})
                 print(json.dumps(records[-1]), flush=True)
