@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "best, 40 iterations": ("best", {"settings": {"admm.iterations": 40}}),
     "best, stream ordered": ("best", {"permute": "residual"}),
     "best, owl": ("best", {"allocate": "owl"}),
+    "best, refit": ("best", {"refit": "cg", "settings": {"refit.iterations": 10}}),
     "best, aims 0.35": ("best", {"settings": {"aim.share": 0.35, "aim.residual_share": 0.35}}),
     "best, damping 0.1": ("best", {"settings": {"damping": 0.1}}),
     "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),

@@ -8,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
 
 import numpy as np
 import torch
 
-from sparsify.stats import InputStats
-
 # Sparsity is kept below 1 by one part in this, and measured at multiples of it.
 _GRAIN = 10_000
-
-Name = TypeVar("Name", str, int)
 
 
 @dataclass(frozen=True)
@@ -30,37 +25,33 @@ class Curve:
     errors: tuple[float, ...]
 
 
-def outliers(weight: torch.Tensor, stats: InputStats, multiple: float) -> tuple[int, int]:
-    """How many of |W_ij| ||X_j|| exceed ``multiple`` times their mean, and of how many."""
-    score = weight.float().abs() * stats.rms
-    return int((score > multiple * score.mean()).sum()), score.numel()
+def outliers(scores: Sequence[torch.Tensor], multiple: float) -> float:
+    """The share of the scores of a block's linears that exceed ``multiple`` times the mean over all of them."""
+    n = sum(score.numel() for score in scores)
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / n
+    return sum(int((score > multiple * mean).sum()) for score in scores) / n
 
 
-def owl(
-    ratios: Mapping[int, float], n_weights: Mapping[int, int], sparsity: Fraction, spread: float
-) -> dict[int, Fraction]:
-    """Sparsity of each block: less where the share of outliers is higher.
+def owl(ratios: Mapping[int, float], sparsity: Fraction, spread: float) -> dict[int, float]:
+    """Sparsity of each block, before ``fitted``: less where the share of outliers is higher.
 
-    The kept share of a block is 1 − s plus its outlier share, scaled over all blocks to a range of 2 · ``spread`` and
-    centred on the mean over weights, so that the budget is met.
+    The kept share of a block is 1 − s plus its outlier share, scaled over all blocks to a range of 2 · ``spread``.
 
     Args:
         ratios: block -> share of outliers.
-        n_weights: block -> weights that are pruned.
         sparsity: s, over all blocks.
-        spread: λ.
+        spread: λ, half the range.
 
     Reference: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL)", ICML 2024, arXiv 2310.05175. The paper centres
     on the plain mean over blocks, which meets the budget only where all are of one size.
     """
     low, high = min(ratios.values()), max(ratios.values())
     scaled = {b: (r - low) / (high - low) * 2 * spread if high > low else 0.0 for b, r in ratios.items()}
-    wanted = {b: float(sparsity) - value for b, value in scaled.items()}
-    return _fitted(wanted, n_weights, sparsity, spread=2 * spread)
+    return {b: float(sparsity) - value for b, value in scaled.items()}
 
 
-def least_error(curves: Mapping[str, Curve], sparsity: Fraction, spread: float) -> dict[str, Fraction]:
-    """Sparsity of each linear that minimises the sum of errors for ``sparsity`` over all weights.
+def least_error(curves: Mapping[str, Curve], sparsity: Fraction, spread: float) -> dict[str, float]:
+    """Sparsity of each linear, before ``fitted``, that minimises the sum of errors for ``sparsity`` over all weights.
 
     Solves min Σ_l e_l(s_l) subject to Σ_l n_l s_l = s Σ_l n_l and |s_l − s| <= ``spread``. Each e_l is interpolated
     between its measurements in logarithms, with slopes that never fall, so that the optimum is where the marginal
@@ -74,8 +65,7 @@ def least_error(curves: Mapping[str, Curve], sparsity: Fraction, spread: float) 
         middle = (low + high) / 2
         removed = sum(sizes[name] * grid.at(middle) for name, grid in grids.items())
         low, high = (middle, high) if removed < float(sparsity) * total else (low, middle)
-    wanted = {name: grid.at((low + high) / 2) for name, grid in grids.items()}
-    return _fitted(wanted, sizes, sparsity, spread=spread)
+    return {name: grid.at((low + high) / 2) for name, grid in grids.items()}
 
 
 class _Marginal:
@@ -96,10 +86,22 @@ class _Marginal:
         return float(self.grid[int(np.searchsorted(self.slopes, log_price))])
 
 
-def _fitted(
-    wanted: Mapping[Name, float], sizes: Mapping[Name, int], sparsity: Fraction, spread: float
-) -> dict[Name, Fraction]:
-    """``wanted`` shifted and rounded to whole weights, so that exactly floor(``sparsity`` · total) go."""
+def fitted(
+    wanted: Mapping[str, float],
+    sizes: Mapping[str, int],
+    grains: Mapping[str, int],
+    sparsity: Fraction,
+    spread: float,
+) -> dict[str, Fraction]:
+    """``wanted`` shifted, kept within ``spread`` of ``sparsity``, and rounded to counts that a mask can have.
+
+    Args:
+        wanted: linear -> sparsity.
+        sizes: linear -> weights.
+        grains: linear -> a count it can lose is a multiple of this: 1, or its rows where each row loses the same.
+        sparsity: of all together: floor(``sparsity`` · total) weights go, short of that by less than the least grain.
+        spread: greatest deviation.
+    """
     total = sum(sizes.values())
     floor, ceiling = max(float(sparsity) - spread, 0.0), min(float(sparsity) + spread, 1 - 1 / _GRAIN)
     low, high = -1.0, 1.0
@@ -107,14 +109,19 @@ def _fitted(
         shift = (low + high) / 2
         mean = sum(sizes[k] * min(max(v + shift, floor), ceiling) for k, v in wanted.items()) / total
         low, high = (shift, high) if mean < sparsity else (low, shift)
-    counts = {k: int(min(max(v + low, floor), ceiling) * sizes[k]) for k, v in wanted.items()}
-    # Rounding left less than a weight per entry over; the largest take it, one each, whose sparsity it changes least.
+    exact = {k: min(max(v + low, floor), ceiling) * sizes[k] for k, v in wanted.items()}
+    counts = {k: int(value) // grains[k] * grains[k] for k, value in exact.items()}
     missing = int(sparsity * total) - sum(counts.values())
-    for key in sorted(sizes, key=lambda k: -sizes[k]) * abs(missing):
-        step = (missing > 0) - (missing < 0)
-        if step and 0 <= counts[key] + step < sizes[key]:
-            counts[key] += step
-            missing -= step
+    # What rounding left over goes, a grain each in turn, to those that lost the most of theirs by it.
+    order = sorted(exact, key=lambda k: counts[k] - exact[k])
+    taken = True
+    while taken:
+        taken = False
+        for key in order:
+            if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
+                counts[key] += grains[key]
+                missing -= grains[key]
+                taken = True
     return {k: Fraction(count, sizes[k]) for k, count in counts.items()}
 
 

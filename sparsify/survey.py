@@ -23,6 +23,7 @@ from sparsify.model import weight_view
 from sparsify.naming import Binding
 from sparsify.permute import search
 from sparsify.progress import Progress
+from sparsify.scores import wanda
 from sparsify.solvers.quadratic import Gram, relative_error
 from sparsify.solvers.sparsegpt import sparsegpt
 from sparsify.stats import InputStats, Wanted
@@ -102,7 +103,8 @@ class Survey:
 def allocated(survey: Survey, patterns: dict[str, Pattern], sparsity: Fraction) -> dict[str, Fraction]:
     """The sparsity of every linear whose pattern asks for ``sparsity``, so that together they meet it.
 
-    ``owl`` counts outliers per block; ``error`` measures the output error of SparseGPT at a few sparsities per linear.
+    ``owl`` counts outliers among the Wanda scores of each block; ``error`` measures the output error of SparseGPT at a
+    few sparsities per linear.
 
     Args:
         survey: the model; its method's ``allocate`` is not ``uniform``.
@@ -110,33 +112,63 @@ def allocated(survey: Survey, patterns: dict[str, Pattern], sparsity: Fraction) 
         sparsity: to allocate.
 
     Raises:
+        UsageError: no linear asks for it.
         ModelError, NumericsError: as pruning does.
     """
     plan = survey.plan
     chosen = [[s for s in block if _asks(patterns.get(s.name), sparsity)] for block in survey.binding.skeleton.linears]
-    counts: dict[int, tuple[int, int]] = {}
+    specs = {s.name: s for block in chosen for s in block}
+    if not specs:
+        raise UsageError(
+            f"allocate {plan.allocate}: overrides leave no linear with the sparsity {float(sparsity):g} to allocate; "
+            "use --set allocate=uniform"
+        )
+    if plan.allocate == "owl":
+        wanted, spread = _by_outliers(survey, chosen, sparsity), 2 * plan.setting("owl.spread")
+    else:
+        wanted, spread = _by_error(survey, chosen, sparsity), plan.setting("error.spread")
+
+    def grain(name: str) -> int:
+        pattern = patterns[name]
+        assert isinstance(pattern, Unstructured)
+        return specs[name].out_features if (pattern.group or plan.group) == "row" else 1
+
+    sizes = {name: spec.n_weights for name, spec in specs.items()}
+    return allocate.fitted(wanted, sizes, {name: grain(name) for name in specs}, sparsity, spread)
+
+
+def _by_outliers(survey: Survey, chosen: list[list[LinearSpec]], sparsity: Fraction) -> dict[str, float]:
+    plan = survey.plan
+    scores: list[torch.Tensor] = []
+    ratios: dict[int, float] = {}
+
+    def see(index: int, _spec: LinearSpec, weight: torch.Tensor, stats: InputStats, _gram: Gram | None) -> None:
+        # An outlier is one among the weights of its block, so all of them are needed at once.
+        scores.append(wanda(weight, stats))
+        if len(scores) == len(chosen[index]):
+            ratios[index] = allocate.outliers(scores, plan.setting("owl.outlier"))
+            scores.clear()
+
+    survey.visit("allocating sparsity", chosen, Wanted(), see)
+    shares = allocate.owl(ratios, sparsity, plan.setting("owl.spread"))
+    return {spec.name: shares[index] for index, specs in enumerate(chosen) for spec in specs}
+
+
+def _by_error(survey: Survey, chosen: list[list[LinearSpec]], sparsity: Fraction) -> dict[str, float]:
+    plan = survey.plan
     curves: dict[str, allocate.Curve] = {}
     points = allocate.grid(sparsity, plan.setting("error.spread"))
 
-    def see(index: int, spec: LinearSpec, weight: torch.Tensor, stats: InputStats, gram: Gram | None) -> None:
-        if gram is None:
-            found, total = allocate.outliers(weight, stats, plan.setting("owl.outlier"))
-            before = counts.get(index, (0, 0))
-            counts[index] = before[0] + found, before[1] + total
-        else:
-            errors = [
-                relative_error(weight, sparsegpt(weight, gram, Unstructured(s), group=plan.group).weight, gram.matrix)
-                for s in points
-            ]
-            curves[spec.name] = allocate.Curve(weight.numel(), tuple(map(float, points)), tuple(errors))
+    def see(_index: int, spec: LinearSpec, weight: torch.Tensor, _stats: InputStats, gram: Gram | None) -> None:
+        assert gram is not None
+        errors = [
+            relative_error(weight, sparsegpt(weight, gram, Unstructured(s), group=plan.group).weight, gram.matrix)
+            for s in points
+        ]
+        curves[spec.name] = allocate.Curve(weight.numel(), tuple(map(float, points)), tuple(errors))
 
-    survey.visit("allocating sparsity", chosen, Wanted(gram=plan.allocate == "error"), see)
-    if plan.allocate == "error":
-        return allocate.least_error(curves, sparsity, plan.setting("error.spread"))
-    ratios = {index: found / total for index, (found, total) in counts.items()}
-    sizes = {index: total for index, (_, total) in counts.items()}
-    shares = allocate.owl(ratios, sizes, sparsity, plan.setting("owl.spread"))
-    return {spec.name: shares[index] for index, specs in enumerate(chosen) for spec in specs}
+    survey.visit("allocating sparsity", chosen, Wanted(gram=True), see)
+    return allocate.least_error(curves, sparsity, plan.setting("error.spread"))
 
 
 def residual_order(survey: Survey, patterns: dict[str, Pattern], seed: int) -> torch.Tensor:

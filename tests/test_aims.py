@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import manifest
-from sparsify.allocate import Curve, grid, least_error, owl
+from sparsify.allocate import Curve, fitted, grid, least_error, outliers, owl
 from sparsify.checkpoint import read_permutations
 from sparsify.errors import UsageError
 from sparsify.prune import prune
@@ -136,13 +136,37 @@ def test_owl_meets_the_budget_and_follows_the_outliers(data: st.DataObject) -> N
     ratios = {i: data.draw(st.floats(0, 0.2)) for i in range(n)}
     sizes = {i: data.draw(st.sampled_from([1000, 4096, 100_000])) for i in range(n)}
     sparsity = data.draw(st.sampled_from([Fraction(1, 2), Fraction(7, 10), Fraction(1, 10), Fraction(95, 100)]))
-    found = owl(ratios, sizes, sparsity, 0.08)
-    removed = sum(int(sizes[i] * s) for i, s in found.items())
-    assert removed == int(sparsity * sum(sizes.values()))
+    grains = {str(i): data.draw(st.sampled_from([1, 8, 50])) for i in range(n)}
+    wanted = owl(ratios, sparsity, 0.08)
+    found = fitted(
+        {str(i): s for i, s in wanted.items()}, {str(i): size for i, size in sizes.items()}, grains, sparsity, 0.16
+    )
+    counts = {name: sizes[int(name)] * s for name, s in found.items()}
+    assert all(count.denominator == 1 and count % grains[name] == 0 for name, count in counts.items())
+    missing = int(sparsity * sum(sizes.values())) - sum(counts.values())
+    assert 0 <= missing < min(grains.values())
     assert all(0 <= s < 1 for s in found.values())
-    # Rounding moves single weights.
+    # Rounding moves a grain each.
     order = sorted(range(n), key=lambda i: ratios[i])
-    assert all(found[a] >= found[b] - Fraction(1, 200) for a, b in pairwise(order))
+    assert all(found[str(a)] >= found[str(b)] - Fraction(11, 100) for a, b in pairwise(order))
+
+
+def test_outliers_are_those_of_the_whole_block() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(n, 32, generator=generator) * scale for n, scale in ((16, 1.0), (64, 1.0), (8, 40.0))]
+    together = torch.cat([score.flatten() for score in scores])
+    expected = float((together > 5 * together.mean()).float().mean())
+    assert outliers(scores, 5.0) == pytest.approx(expected)
+    # Taken by itself no linear has any: it is the block that makes the third one stand out.
+    assert expected > 0.05
+    assert all(outliers([score], 5.0) == 0 for score in scores)
+
+
+@pytest.mark.parametrize("allocate", ["owl", "error"])
+def test_nothing_to_allocate_is_refused(allocate: str, stories: Path, stories_ids: str, tmp_path: Path) -> None:
+    recipe = Recipe("0.5", "wanda", allocate=allocate, overrides={"*": "0.6"}, calibration=stories_ids)
+    with pytest.raises(UsageError, match=f"allocate {allocate}: overrides leave no linear"):
+        prune(Source("stories", stories, "folder"), recipe, tmp_path / "out")
 
 
 def test_least_error_against_brute_force() -> None:
@@ -154,7 +178,8 @@ def test_least_error_against_brute_force() -> None:
             str(i): Curve(10_000, tuple(points), tuple(float(s * np.exp(r * p)) for p in points))
             for i, (s, r) in enumerate(zip(scales, rates, strict=True))
         }
-        found = least_error(curves, Fraction(1, 2), 0.2)
+        sizes = {name: curve.n_weights for name, curve in curves.items()}
+        found = fitted(least_error(curves, Fraction(1, 2), 0.2), sizes, dict.fromkeys(curves, 1), Fraction(1, 2), 0.2)
         assert sum(int(10_000 * s) for s in found.values()) == 15_000
 
         def total(values: list[float], scales: Any = scales, rates: Any = rates) -> float:
