@@ -215,12 +215,13 @@ def use_official_rounding() -> None:
 
     class RunningMean(stats.Accumulator):
         def add(self, x: torch.Tensor, dense: torch.Tensor | None = None, shift: torch.Tensor | None = None) -> None:
+            before, seen = self.sq_norm.clone(), self.n_tokens
+            super().add(x, dense, shift)
             tokens = x.reshape(-1, x.shape[-1]).float()
-            seen = self.n_tokens // tokens.shape[0]
-            mean = (self.sq_norm / max(self.n_tokens, 1)).float() * tokens.shape[0]
+            seen //= tokens.shape[0]
+            mean = (before / max(seen, 1)).float()
             mean = mean * (seen / (seen + 1)) + torch.norm(tokens.t(), p=2, dim=1) ** 2 / (seen + 1)
-            self.n_tokens += tokens.shape[0]
-            self.sq_norm = mean.double() / tokens.shape[0] * self.n_tokens
+            self.sq_norm = mean.double() * (seen + 1)
 
     def ria(weight: torch.Tensor, given: stats.InputStats | None, plan: Any, seed: int) -> torch.Tensor:
         assert given is not None

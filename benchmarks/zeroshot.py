@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
 
     import numpy as np
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from sparsify.bench import zeroshot
     from sparsify.manifest import versions
@@ -59,10 +59,11 @@ def main() -> None:
         folder = resolve(model).folder
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         encode = partial(tokenizer.encode, add_special_tokens=False)
+        length = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
         theirs = _lm_eval(options.python, folder, options) if options.python else None
         with TorchSession(folder) as session:
             for task, asked in questions.items():
-                found = zeroshot.accuracy(session, encode, asked[: options.limit])
+                found = zeroshot.accuracy(session, encode, asked[: options.limit], context_length=length)
                 record = {
                     "model": name,
                     "task": task,

@@ -144,13 +144,16 @@ class BlockPruner:
         grams = Grams(self.plan.setting("damping"), self.length, self._tell)
         placed, orders = self.reorder.group(index, specs, stats, grams)
         rows = []
-        for spec in specs:
+        for i, spec in enumerate(specs):
             entry = stats[spec.name]
             perm, kind = placed.get(spec.name, (None, "no"))
             row = self._prune_linear(spec, entry, grams.of(entry, spec.name), perm)
             rows.append(replace(row, permuted=kind))
             if entry is not None:
                 self.progress.advance()
+                if all(stats[later.name] is not entry for later in specs[i + 1 :]):
+                    # With its factorisations a Gram matrix takes six times its size, and experts are many.
+                    grams.forget(entry)
         return rows, orders
 
     def _tell(self, notice: str, kind: str = "") -> None:
@@ -205,7 +208,7 @@ class BlockPruner:
             dense = (streams.dense or streams.pruned)[0]
             with (
                 watch(reference, prefix, specs, tape, places.values()),
-                collect(block, prefix, specs, wanted, tape, places) as collector,
+                collect(block, prefix, specs, wanted, tape, places, self.length) as collector,
             ):
 
                 def passes() -> Iterator[torch.Tensor]:
@@ -229,6 +232,11 @@ class BlockPruner:
                         pass
         stats = collector.result(specs)
         self._check_seen(index, specs, stats)
+        if wanted.cross and any(entry.cross is None and entry.n_tokens for entry in stats.values()):
+            self._tell(
+                f"aim {self.plan.aim}: experts are given other tokens in the dense model; their aim is own",
+                "aim of experts",
+            )
         return stats
 
     def _check_seen(self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats]) -> None:

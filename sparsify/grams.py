@@ -1,4 +1,4 @@
-"""Gram matrices of a group of linears, each factorised at most once for all linears that share an input."""
+"""Gram matrices of a group of linears; what is derived from one serves all linears that share an input."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class Grams:
                 )
             self._made[id(stats)] = stats, Gram(matrix, stats.n_tokens, self.damping)
         return self._made[id(stats)][1]
+
+    def forget(self, stats: InputStats) -> None:
+        """Let go of the matrix of ``stats`` and what was derived from it."""
+        self._made.pop(id(stats), None)
 
     def reordered(self, stats: InputStats, perm: torch.Tensor) -> InputStats:
         """``stats`` with inputs in the order ``perm``, whose matrix takes over what is known of theirs."""

@@ -170,6 +170,7 @@ def _refine(
     common = {
         "n_iter": plan.setting("dsnot.cycles"),
         "threshold": plan.setting("dsnot.threshold"),
+        "variance_power": plan.setting("dsnot.variance"),
         "safe": plan.setting("dsnot.safe"),
         "tokens_per_sequence": length,
     }

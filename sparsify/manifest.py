@@ -141,6 +141,8 @@ def _is_linear(row: Any) -> bool:
         and isinstance(row.get("shape"), list)
         and len(row["shape"]) == 2
         and all(isinstance(size, int) and size > 0 for size in row["shape"])
+        # Manifests of earlier versions lack it.
+        and isinstance(row.get("status", ""), str)
     )
 
 

@@ -8,6 +8,7 @@ and may replace any part.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,8 +79,8 @@ class Setting:
     """A number or word that tunes a part.
 
     Attributes:
-        part: the part and what must stand there for the setting to mean something, ``score=ria``; ``gram`` for
-            whatever solves with the matrix of inputs.
+        part: the part and what must stand there for the setting to mean something, ``score=ria``; ``solving``
+            for whatever solves with the matrix of inputs.
         default: its value.
         low: least value of a number, or for a word the choices.
         high: greatest value of a number.
@@ -94,7 +95,7 @@ class Setting:
 
 
 SETTINGS: dict[str, Setting] = {
-    "damping": Setting("gram", 0.01, 0, 10, "share of the mean diagonal added to a Gram matrix"),
+    "damping": Setting("solving", 0.01, 0, 10, "share of the mean diagonal added to a Gram matrix"),
     "ria.exponent": Setting("score=ria", 0.5, 0, 4, "power of the input norm"),
     "stochria.exponent": Setting("score=stochria", 1.0, 0, 4, "power of the input norm"),
     "stochria.share": Setting("score=stochria", 0.1, 0.001, 1, "share of rows and columns that are summed"),
@@ -109,6 +110,9 @@ SETTINGS: dict[str, Setting] = {
     "permute.parts": Setting("permute", 1, 1, 1024, "parts that are solved apart: faster, a little worse"),
     "dsnot.cycles": Setting("refine=dsnot|r2-dsnot", 50, 0, 10000, "the most swaps a row"),
     "dsnot.threshold": Setting("refine=dsnot|r2-dsnot", 0.1, 0, 1e9, "mean row error, times window length, to reach"),
+    "dsnot.variance": Setting(
+        "refine=dsnot|r2-dsnot", 1.0, 0, 4, "power of the input variance, by which restoring is divided"
+    ),
     "dsnot.safe": Setting("refine=dsnot|r2-dsnot", False, help="only swaps that lower the mean row error"),
     "dsnot.skip": Setting("refine=dsnot|r2-dsnot", "", help="glob of linears to leave; their code: *.mlp.*"),
     "r2.exponent": Setting("refine=r2-dsnot", 0.5, 0, 4, "power of the input norm"),
@@ -137,10 +141,21 @@ SETTINGS: dict[str, Setting] = {
     "aim.share": Setting("aim=dense|residual", 1.0, 0, 1, "share of the correction towards dense inputs"),
     "aim.residual_share": Setting("aim=residual", 1.0, 0, 1, "share of the residual stream's error to make up for"),
     "owl.outlier": Setting("allocate=owl", 5.0, 1, 1000, "an outlier is this many times the mean"),
-    "owl.spread": Setting("allocate=owl", 0.08, 0, 0.5, "greatest deviation from the mean sparsity"),
+    "owl.spread": Setting("allocate=owl", 0.08, 0, 0.5, "half the range of sparsities over blocks"),
     "error.spread": Setting("allocate=error", 0.15, 0, 0.5, "greatest deviation from the mean sparsity"),
 }
 """Every setting by name; ``--set NAME=VALUE``, or the key ``settings`` of a recipe file."""
+
+
+# A setting that means something only where another has one of these values.
+_NEEDS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
+    "symwanda.output": ("symwanda.norms", ("both", "squared")),
+    "symwanda.p": ("symwanda.norms", ("lp",)),
+    "symwanda.strategy": ("symwanda.norms", ("lp",)),
+    "symwanda.exponent": ("symwanda.norms", ("lp",)),
+    "mrp.block": ("mrp.variant", ("auto", "SM", "MS", "MM")),
+    "mrp.free": ("mrp.variant", ("auto", "SM", "MM")),
+}
 
 
 COSTS = {
@@ -188,8 +203,8 @@ class Method:
     def uses(self, name: str) -> bool:
         """Whether a setting means anything for these parts."""
         part, _, values = SETTINGS[name].part.partition("=")
-        if part == "gram":
-            return self.needs_gram
+        if part == "solving":
+            return self.solver != "none" or self.refit != "none" or self.allocate == "error"
         return getattr(self, part) in values.split("|") if values else getattr(self, part) != "none"
 
     @property
@@ -296,6 +311,18 @@ def resolve(
     return plan
 
 
+def setting_from(name: str, text: str) -> Scalar:
+    """``text`` as a value of the setting, or as it stands where it is none, for ``resolve`` to refuse."""
+    default = SETTINGS[name].default
+    if isinstance(default, bool):
+        return {"true": True, "yes": True, "false": False, "no": False}.get(text.lower(), text)
+    if not isinstance(default, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(text)
+    return text
+
+
 def _check_setting(name: str, value: Scalar) -> None:
     if name not in SETTINGS:
         raise UsageError(f"setting {name!r} is unknown; `sparsify methods` lists them")
@@ -336,14 +363,25 @@ def _check_combination(plan: Method) -> None:
         raise UsageError(
             "aim residual with inputs dense: the stream that enters a block has no error; use --set aim=dense"
         )
-    if plan.score == "symwanda" and plan.setting("symwanda.norms") == "lp" and 0 < plan.setting("symwanda.p") < 0.25:
+    if plan.score == "symwanda" and 0 < plan.setting("symwanda.p") < 0.25:
         raise UsageError("symwanda.p between 0 and 0.25: such norms are beyond float32; use 0, or at least 0.25")
-    if plan.permute == "residual" and not plan.needs_data:
+    if plan.permute in ("residual", "gather") and not plan.needs_data:
         raise UsageError(
-            f"permute residual with score {plan.score}: the order is sought on text, which nothing else here needs; "
-            "use --set permute=fold"
+            f"permute {plan.permute} with score {plan.score}: which linears share an input is seen on text, which "
+            "nothing else here needs; use --set permute=fold"
         )
-    if plan.refit != "none" and plan.solver == "mrp" and plan.setting("mrp.free") == "all":
+    if not plan.needs_data and (plan.order != "block" or plan.inputs != "pruned"):
+        raise UsageError(
+            f"order {plan.order} and inputs {plan.inputs} with score {plan.score}: no text is run; "
+            "use --set order=block and --set inputs=pruned"
+        )
+    for name in plan.settings:
+        if _NEEDS.get(name) is not None:
+            other, values = _NEEDS[name]
+            if plan.setting(other) not in values:
+                raise UsageError(f"setting {name} has no effect with {other} {plan.setting(other)}")
+    simultaneous = plan.solver == "mrp" and plan.setting("mrp.variant") not in ("SS", "MS")
+    if plan.refit != "none" and simultaneous and plan.setting("mrp.free") == "all":
         raise UsageError("refit with solver mrp: mrp.free all is the least squares optimum already; drop --set refit")
     if plan.aim != "own" and plan.inputs == "dense" and plan.order == "block":
         raise UsageError(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsify.errors import UsageError
-from sparsify.methods import METHODS, PARTS, SETTINGS
+from sparsify.methods import METHODS, PARTS, SETTINGS, setting_from
 from sparsify.recipe import Recipe, from_mapping, read_yaml
 
 _METHODS = f"{', '.join(METHODS)}; `sparsify methods` explains them"
@@ -145,8 +145,6 @@ def merge_settings(recipe_file: Path | None, options: dict[str, Any]) -> tuple[R
 
 def _change(given: dict[str, Any], pairs: list[str], settings: Any, where: str) -> None:
     """Sort ``--set`` into parts and settings; the latter go on top of those of the recipe file."""
-    import yaml
-
     if settings is not None and not isinstance(settings, dict):
         raise UsageError(f"{where}: key 'settings' is {type(settings).__name__}, expected dict")
     merged = dict(settings or {})
@@ -157,10 +155,7 @@ def _change(given: dict[str, Any], pairs: list[str], settings: Any, where: str) 
         if name in PARTS:
             given[name] = text
         elif name in SETTINGS:
-            try:
-                merged[name] = yaml.safe_load(text)
-            except yaml.YAMLError:
-                raise UsageError(f"--set {pair!r}: the value is not a number or a word") from None
+            merged[name] = setting_from(name, text)
         else:
             raise UsageError(f"--set {pair!r}: {name} is neither a part nor a setting; `sparsify methods` lists them")
     if merged:

@@ -167,6 +167,11 @@ def centred(gain: np.ndarray) -> np.ndarray:
     return gain
 
 
+def parts_of(n_groups: int, most: int) -> int:
+    """The greatest number of equal parts of ``n_groups``, no more than ``most``."""
+    return max(n for n in range(1, min(most, n_groups) + 1) if n_groups % n == 0)
+
+
 def inverse(perm: torch.Tensor) -> torch.Tensor:
     """The permutation that undoes ``perm``."""
     result = torch.empty_like(perm)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import UsageError
-from sparsify.methods import PARTS, Method, Scalar, resolve
+from sparsify.methods import PARTS, SETTINGS, Method, Scalar, resolve, setting_from
 from sparsify.types import Group, LinearSpec, NofM, Pattern, check_enumerable, parse_pattern
 
 DEFAULT_CALIBRATION = "pydoc"
@@ -68,8 +68,8 @@ class Recipe:
             raise UsageError(f"compute_dtype {self.compute_dtype!r} is unknown; choose float32 or bfloat16")
         if self.windows < 1 or self.length < 2:
             raise UsageError(f"windows {self.windows} of length {self.length}: at least 1 window of 2 tokens is needed")
-        if self.seed < 0:
-            raise UsageError(f"seed {self.seed} is negative; give 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed {self.seed} is outside [0, 2^63)")
         patterns = [self.parsed]
         for glob, pattern in self.overrides.items():
             patterns.append(self._parse(pattern, f"overrides: {glob}"))
@@ -122,7 +122,13 @@ class Recipe:
             UsageError: a glob that matches nothing, no linear left, or a width that M does not divide.
         """
         names = [spec.name for spec in linears]
-        for option, globs in (("include", self.include), ("exclude", self.exclude), ("override", self.overrides)):
+        skip = self.plan.setting("dsnot.skip") if self.plan.uses("dsnot.skip") else ""
+        for option, globs in (
+            ("include", self.include),
+            ("exclude", self.exclude),
+            ("override", self.overrides),
+            ("dsnot.skip", (skip,) if skip else ()),
+        ):
             for glob in globs:
                 if not any(fnmatchcase(name, glob) for name in names):
                     raise UsageError(f"{option} {glob!r} matches no prunable linear; names look like {names[0]}")
@@ -194,7 +200,11 @@ def from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
             bad = next((name for name, item in value.items() if not isinstance(item, bool | int | float | str)), None)
             if bad is not None:
                 raise UsageError(f"{where}: setting {bad!r} is {type(value[bad]).__name__}, expected one value")
-            value = {str(name): item for name, item in value.items()}
+            # YAML 1.1 takes 1e-3 for a word.
+            value = {
+                str(name): setting_from(name, item) if isinstance(item, str) and name in SETTINGS else item
+                for name, item in value.items()
+            }
         elif isinstance(value, dict):
             value = {str(glob): _pattern_text(pattern, where) for glob, pattern in value.items()}
         checked[key] = _pattern_text(value, where) if key == "pattern" else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import gcd
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from sparsify.grams import Grams
 from sparsify.layer import salience, seed_of, target
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
-from sparsify.permute import search
+from sparsify.permute import parts_of, search
 from sparsify.stats import InputStats
 from sparsify.types import LinearSpec, NofM, Pattern
 
@@ -104,7 +103,7 @@ class Reorder:
             score,
             pattern,
             n_sweeps=self.plan.setting("permute.sweeps"),
-            n_parts=gcd(self.plan.setting("permute.parts"), score.shape[1] // pattern.m),
+            n_parts=parts_of(score.shape[1] // pattern.m, self.plan.setting("permute.parts")),
             seed=self.seed,
         ).perm
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from math import gcd
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from sparsify.memory import return_freed_memory
 from sparsify.methods import Method
 from sparsify.model import weight_view
 from sparsify.naming import Binding
-from sparsify.permute import search
+from sparsify.permute import parts_of, search
 from sparsify.progress import Progress
 from sparsify.scores import wanda
 from sparsify.solvers.quadratic import Gram, relative_error
@@ -201,7 +200,7 @@ def residual_order(survey: Survey, patterns: dict[str, Pattern], seed: int) -> t
 
     survey.visit("ordering the residual stream", chosen, Wanted(gram=plan.needs_gram), see)
     [pattern] = found
-    parts = gcd(plan.setting("permute.parts"), sample[0].shape[1] // pattern.m)
+    parts = parts_of(sample[0].shape[1] // pattern.m, plan.setting("permute.parts"))
     return search(
         torch.cat(sample), pattern, n_sweeps=plan.setting("permute.sweeps"), n_parts=parts, seed=seed
     ).perm.cpu()

@@ -158,7 +158,7 @@ class PrunedLinear:
         n_tokens: calibration tokens that reached this linear.
         aim: what the output was compared with: ``own``, ``dense`` or ``residual``, see ``methods.PARTS``.
         objective_before: error of the target weights on the final mask, before any was updated, relative to the
-            target output; None where nothing is solved.
+            target output; None without a Gram matrix.
         objective: the same for the weights that were written, up to their rounding.
         n_iter: iterations of solver and mask refinement.
         status: ``exact``, ``converged``, ``max_iter``, or a sentence about the fallback that was used.

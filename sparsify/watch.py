@@ -133,6 +133,8 @@ class Collector(Watcher):
         wanted: which sums.
         dense: the inputs of the same linears in the dense model, pass by pass, where ``wanted.cross``.
         places: parameter name -> where the residual stream is that the linear's output is added to.
+        length: tokens of a window. Inputs of fewer are a selection of tokens, which the dense model makes otherwise
+            (it routes other tokens to an expert), so there is nothing to compare them with.
     """
 
     def __init__(
@@ -141,8 +143,10 @@ class Collector(Watcher):
         wanted: Wanted | None = None,
         dense: Tape | None = None,
         places: Mapping[str, str] | None = None,
+        length: int | None = None,
     ) -> None:
         super().__init__(keys)
+        self._length = length
         self._wanted = wanted or Wanted()
         self._dense = dense
         self._places = places or {}
@@ -164,6 +168,9 @@ class Collector(Watcher):
             ModelError: two linears share their input in one call and not in another.
         """
         dense = self._dense.next(key) if self._dense is not None else None
+        n_tokens = x.numel() // x.shape[-1]
+        if key[1] is not None or (self._length is not None and n_tokens != self._length):
+            dense = None
         # The reference held in _last keeps the object alive, so identity cannot be a recycled address.
         if self._last and self._last[0] is x and self._index.setdefault(key, self._last[1]) == self._last[1]:
             return
@@ -282,6 +289,7 @@ def collect(
     wanted: Wanted | None = None,
     dense: Tape | None = None,
     places: Mapping[str, str] | None = None,
+    length: int | None = None,
 ) -> Iterator[Collector]:
     """Collect input statistics of ``specs`` while ``block`` runs inside the context.
 
@@ -292,8 +300,9 @@ def collect(
         wanted: which sums, beside the squares.
         dense: what the same linears see in the dense model, for ``wanted.cross``.
         places: as in ``Collector``, for ``wanted.shift``.
+        length: as in ``Collector``.
     """
-    collector = Collector(keys(specs), wanted, dense, places)
+    collector = Collector(keys(specs), wanted, dense, places, length)
     with watch(block, prefix, specs, collector, (places or {}).values()):
         yield collector
 

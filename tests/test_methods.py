@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ import transformers
 
 from sparsify import manifest
 from sparsify.checkpoint import CheckpointReader
-from sparsify.errors import UsageError
+from sparsify.errors import NumericsError, UsageError
+from sparsify.layer import prune_layer
 from sparsify.methods import METHODS, PARTS, SETTINGS, resolve
 from sparsify.prune import prune
 from sparsify.recipe import Recipe
@@ -72,6 +75,34 @@ def test_every_method_prunes_every_kind_of_block(
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     with torch.inference_mode():
         assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_are_compared_with_nothing(
+    model_type: str, random_models: Callable[[str], Path], ids_file: str, tmp_path: Path
+) -> None:
+    progress = Notices()
+    recipe = Recipe("2:4", "sparsegpt", order="group", aim="dense", calibration=ids_file)
+    out = prune(source(random_models(model_type)), recipe, tmp_path / "out", progress=progress)
+    aims = {row["name"]: row["aim"] for row in manifest.read(out)["linears"]}
+    # The dense model routes other tokens to an expert; a shared one gets all of them in both.
+    assert {name for name, aim in aims.items() if aim == "own"} == {name for name in aims if ".experts." in name}
+    assert any(aim == "dense" for aim in aims.values())
+    assert sum("experts are given other tokens" in text for text in progress.texts) == 1
+
+
+def test_weights_that_the_checkpoint_cannot_hold_are_refused(
+    random_models: Callable[[str], Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grown(*args: Any, **options: Any) -> Any:
+        outcome = prune_layer(*args, **options)
+        return replace(outcome, weight=outcome.weight * 1e39)
+
+    monkeypatch.setattr("sparsify.block.prune_layer", grown)
+    recipe = Recipe("2:4", "sparsegpt", calibration=ids_file)
+    with pytest.raises(NumericsError, match=r"q_proj: weights too large for float32.*damping"):
+        prune(source(random_models("llama")), recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["best", "fistapruner", "ria-cp"])
@@ -164,7 +195,7 @@ def test_one_row_and_one_column(shape: tuple[int, int]) -> None:
 def test_every_choice_is_used_by_a_method_or_reachable_and_every_setting_belongs_to_a_part() -> None:
     for name, setting in SETTINGS.items():
         part, _, values = setting.part.partition("=")
-        assert part == "gram" or part in PARTS, name
+        assert part == "solving" or part in PARTS, name
         assert all(value in PARTS[part] for value in values.split("|") if values)
         assert setting.help
     for plan in METHODS.values():
@@ -177,7 +208,7 @@ def test_allocation_meets_the_budget(llama: Path, ids_file: str, tmp_path: Path)
     body = manifest.read(out)
     sparsities = {row["pattern"] for row in body["linears"]}
     assert len(sparsities) > 1
-    assert body["coverage"]["zeros"] == pytest.approx(0.5 * body["coverage"]["selected"], abs=len(body["linears"]))
+    assert body["coverage"]["zeros"] == body["coverage"]["selected"] // 2
 
 
 @pytest.mark.parametrize("model_type", conftest.CONFIGS)
@@ -190,7 +221,7 @@ def test_aims_at_the_residual_run_on_every_family(
     body = manifest.read(out)
     aims = {row["name"].rpartition(".")[2]: row["aim"] for row in body["linears"]}
     writes = [leaf for leaf, aim in aims.items() if aim == "residual"]
-    told = any("aim residual" in text for text in progress.texts)
+    told = any("adds no linear's output" in text for text in progress.texts)
     assert told == (not writes)
     if model_type in ("llama", "mistral", "qwen2", "qwen3", "gemma"):
         assert set(writes) == {"o_proj", "down_proj"}

@@ -70,6 +70,47 @@ def test_accuracy_counts_by_likelihood_and_by_likelihood_per_character() -> None
         accuracy(Session(), encode, [Question("", ("a",))])  # type: ignore[arg-type]
 
 
+def test_the_model_sees_as_much_as_it_can_and_no_more() -> None:
+    seen = []
+
+    class Session:
+        name = "fixed"
+
+        def logits(self, ids: np.ndarray, attention_mask: None = None) -> np.ndarray:
+            seen.append(ids[0].tolist())
+            return np.zeros((1, ids.shape[1], 256), dtype=np.float32)
+
+    def encode(text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    log_likelihoods(Session(), encode, [("abcdef", "gh")], context_length=4)  # type: ignore[arg-type]
+    # What predicts h is the last token seen: of eight the last five, without h.
+    assert seen == [encode("defg")]
+    with pytest.raises(DataError, match="5 tokens, of which the model sees 4"):
+        log_likelihoods(Session(), encode, [("a", "bcdef")], context_length=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"query": "q", "choices": ["a"], "gold": 1}, "key gold is '1'"),
+        ({"query": "q", "choices": ["a"], "gold": ""}, "key gold is ''"),
+        ({"query": "q", "choices": ["a"], "gold": -1}, "key gold is '-1'"),
+        ({"query": "q", "choices": 3, "gold": 0}, "key choices is no list"),
+        ({"query": "q", "choices": [1], "gold": 0}, "key choices is no list"),
+        ({"query": "q", "gold": 0}, "lacks key choices"),
+    ],
+)
+def test_malformed_questions_are_refused(row: dict[str, object], words: str, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"query": "q\u2028r", "choices": ["a", "b"], "gold": 1}, ensure_ascii=False) + "\n")
+    assert multiple_choice(file) == [Question("q\u2028r", (" a", " b"), 1)]
+    with file.open("a") as lines:
+        lines.write(json.dumps(row))
+    with pytest.raises(DataError, match=f"line 2.*{words}"):
+        multiple_choice(file)
+
+
 def test_spaces_at_the_end_of_a_context_go_to_the_continuation() -> None:
     def encode(text: str) -> list[int]:
         return [ord(letter) for letter in text]

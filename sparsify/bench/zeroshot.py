@@ -74,7 +74,8 @@ def hellaswag(path: Path) -> list[Question]:
     questions = []
     for row in _rows(path, "activity_label", "ctx_a", "ctx_b", "endings", "label"):
         context = _clean(f"{row['activity_label']}: {row['ctx_a']} {str(row['ctx_b']).capitalize()}")
-        questions.append(Question(context, tuple(f" {_clean(e)}" for e in row["endings"]), int(row["label"])))
+        endings, gold = _choices(row, "endings", "label")
+        questions.append(Question(context, tuple(f" {_clean(ending)}" for ending in endings), gold))
     return questions
 
 
@@ -84,16 +85,18 @@ def multiple_choice(path: Path) -> list[Question]:
     Raises:
         DataError: missing file or malformed line.
     """
-    return [
-        Question(str(row["query"]), tuple(f" {choice}" for choice in row["choices"]), int(row["gold"]))
-        for row in _rows(path, "query", "choices", "gold")
-    ]
+    questions = []
+    for row in _rows(path, "query", "choices", "gold"):
+        choices, gold = _choices(row, "choices", "gold")
+        questions.append(Question(str(row["query"]), tuple(f" {choice}" for choice in choices), gold))
+    return questions
 
 
 def _rows(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = data.decode("utf-8").splitlines()
+        # Not splitlines: a JSON string may hold other separators of lines as they are.
+        lines = data.decode("utf-8").rstrip("\n").split("\n")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not readable ({error})") from None
     for number, line in enumerate(lines, 1):
@@ -104,7 +107,17 @@ def _rows(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
             raise DataError(f"{path}: line {number} lacks key {missing[0]}")
-        yield row
+        yield row | {"where": f"{path}: line {number}"}
+
+
+def _choices(row: dict[str, Any], choices: str, gold: str) -> tuple[tuple[str, ...], int]:
+    """The continuations and the index of the right one, under the keys ``choices`` and ``gold`` of a row."""
+    texts, index = row[choices], str(row[gold])
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise DataError(f"{row['where']}: key {choices} is no list of texts")
+    if not index.isascii() or not index.isdigit() or int(index) >= len(texts):
+        raise DataError(f"{row['where']}: key {gold} is {index[:20]!r}, expected the index of one of {len(texts)}")
+    return tuple(texts), int(index)
 
 
 def _clean(text: str) -> str:
@@ -118,8 +131,8 @@ def encode_pair(encode: Encode, context: str, continuation: str) -> tuple[list[i
     if n_spaces:
         continuation = context[-n_spaces:] + continuation
         context = context[:-n_spaces]
-    whole, first = encode(context + continuation), encode(context)
-    return whole[: len(first)], whole[len(first) :]
+    first = encode(context)
+    return first, encode(context + continuation)[len(first) :]
 
 
 def log_likelihoods(
@@ -136,19 +149,21 @@ def log_likelihoods(
         session: opened.
         encode: text to token ids, without special tokens.
         pairs: what to score. An empty context is an error: there is nothing to predict the first token from.
-        context_length: longer inputs lose tokens at their start.
+        context_length: tokens the model sees at most; longer inputs lose some at their start.
         progress: called with (pairs done, pairs).
 
     Raises:
-        DataError: an empty context or continuation.
+        DataError: an empty context or continuation, or a continuation longer than the model sees.
     """
     results = []
     for done, (context, continuation) in enumerate(pairs, 1):
         before, after = encode_pair(encode, context, continuation)
         if not before or not after:
             raise DataError(f"{(context + continuation)[:60]!r}: context and continuation need a token each")
-        ids = np.array([(before + after)[-context_length:]], dtype=np.int64)
-        # Logits of a place predict the next token, and the last token predicts nothing that is asked.
+        if len(after) > context_length:
+            raise DataError(f"{continuation[:60]!r}: {len(after)} tokens, of which the model sees {context_length}")
+        # Logits of a place predict the next token, and the last token, which predicts nothing that is asked, stays out.
+        ids = np.array([(before + after)[-context_length - 1 :]], dtype=np.int64)
         logits = session.logits(ids[:, :-1])[0, -len(after) :].astype(np.float64)
         results.append(_score(logits, ids[0, -len(after) :]))
         if progress is not None:
@@ -164,9 +179,14 @@ def _score(logits: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[floa
 
 
 def accuracy(
-    session: Session, encode: Encode, questions: Sequence[Question], *, progress: Progress | None = None
+    session: Session,
+    encode: Encode,
+    questions: Sequence[Question],
+    *,
+    context_length: int = 2048,
+    progress: Progress | None = None,
 ) -> Accuracy:
-    """Zero-shot accuracy on ``questions``.
+    """Zero-shot accuracy on ``questions``; arguments as in ``log_likelihoods``.
 
     Raises:
         DataError: no questions, or one that ``log_likelihoods`` refuses.
@@ -174,7 +194,7 @@ def accuracy(
     if not questions:
         raise DataError("no questions to ask")
     pairs = [(question.context, choice) for question in questions for choice in question.choices]
-    every = log_likelihoods(session, encode, pairs, progress=progress)
+    every = log_likelihoods(session, encode, pairs, context_length=context_length, progress=progress)
     scores = iter(every)
     plain, normed = [], []
     for question in questions:

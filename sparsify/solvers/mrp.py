@@ -6,6 +6,9 @@ arXiv 2410.15567. With G⁻¹ of the damped Gram matrix and P the pruned inputs 
 
 Two letters name a variant: how the mask is chosen, then how the rest is compensated. S looks at one weight at a time
 (eq. 14), M at all that go together. SS is SparseGPT.
+
+An S score within a block counts on all others of the block: each of two equal inputs looks superfluous, and both may
+go. SparseGPT scores the second without the first.
 """
 
 from __future__ import annotations
