@@ -110,9 +110,7 @@ SETTINGS: dict[str, Setting] = {
     "permute.parts": Setting("permute", 1, 1, 1024, "parts that are solved apart: faster, a little worse"),
     "dsnot.cycles": Setting("refine=dsnot|r2-dsnot", 50, 0, 10000, "the most swaps a row"),
     "dsnot.threshold": Setting("refine=dsnot|r2-dsnot", 0.1, 0, 1e9, "mean row error, times window length, to reach"),
-    "dsnot.variance": Setting(
-        "refine=dsnot|r2-dsnot", 1.0, 0, 4, "power of the input variance, by which restoring is divided"
-    ),
+    "dsnot.variance": Setting("refine=dsnot|r2-dsnot", 1.0, 0, 4, "power of the variance that restoring is divided by"),
     "dsnot.safe": Setting("refine=dsnot|r2-dsnot", False, help="only swaps that lower the mean row error"),
     "dsnot.skip": Setting("refine=dsnot|r2-dsnot", "", help="glob of linears to leave; their code: *.mlp.*"),
     "r2.exponent": Setting("refine=r2-dsnot", 0.5, 0, 4, "power of the input norm"),
