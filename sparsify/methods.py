@@ -202,7 +202,9 @@ class Method:
         """Whether a setting means anything for these parts."""
         part, _, values = SETTINGS[name].part.partition("=")
         if part == "solving":
-            return self.solver != "none" or self.refit != "none" or self.allocate == "error"
+            # ADMM has a regulariser of its own; targets, and what a weight is worth to a solver, do not.
+            damped = self.solver not in ("none", "admm") or self.refit != "none" or self.allocate == "error"
+            return damped or (self.solver == "admm" and (self.aim != "own" or self.permute != "none"))
         return getattr(self, part) in values.split("|") if values else getattr(self, part) != "none"
 
     @property

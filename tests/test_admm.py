@@ -15,7 +15,7 @@ from tests.problems import assert_exact, each_pattern, error, layer_problem, on_
 def test_admm_is_the_algorithm_of_the_paper(text: str, group: str) -> None:
     w, gram = layer_problem(7)
     solution = admm(w, gram, pattern_of(text, group))
-    g = gram.damped.double()
+    g = gram.matrix.double()
     scale = g.diagonal().sqrt()
     scaled = g / scale / scale[:, None] + 0.1 * torch.eye(16)
     dense = w.double() * scale
@@ -55,7 +55,7 @@ def test_admm_approaches_the_optimum_on_a_given_mask() -> None:
     w, gram = layer_problem(9)
     keep = torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     # The objective that it solves has a tenth of the diagonal added.
-    matrix = gram.damped + 0.1 * gram.damped.diagonal().diag()
+    matrix = gram.matrix + 0.1 * gram.matrix.diagonal().diag()
     best = error(w, on_mask(w, matrix, keep), matrix)
     excess = []
     for n_iter in (1, 5, 20, 400):

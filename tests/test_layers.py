@@ -21,7 +21,8 @@ RANKS = [
     {"sparsify.solvers", "sparsify.solvers.quadratic", "sparsify.solvers.sparsegpt", "sparsify.solvers.mrp"}
     | {"sparsify.solvers.exact", "sparsify.solvers.refit", "sparsify.solvers.admm", "sparsify.solvers.alps"}
     | {"sparsify.solvers.fista", "sparsify.solvers.swaps", "sparsify.solvers.dsnot"},
-    {"sparsify.layer"},
+    {"sparsify.layer", "sparsify.grams"},
+    {"sparsify.reorder"},
     {"sparsify.block", "sparsify.survey"},
     {"sparsify.manifest"},
     {"sparsify.prune", "sparsify.verify"},

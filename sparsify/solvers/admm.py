@@ -16,6 +16,8 @@ from sparsify.types import NofM, Pattern, Unstructured
 # Added to the unit diagonal of the scaled Gram matrix; the paper's value, and its penalty parameter.
 _REGULARISER = 0.1
 _RHO = 1.0
+# Energy of an input, relative to the mean over inputs, below which it is measured in units of the others.
+_FAINT = 1e-4
 
 
 def admm(
@@ -37,7 +39,7 @@ def admm(
 
     Args:
         weight: [out, in].
-        gram: inputs; to its damping comes the paper's regulariser, 0.1 of the scaled diagonal.
+        gram: inputs; its damping is not used, the paper's regulariser, 0.1 of the scaled diagonal, is.
         pattern: what to keep.
         n_iter: iterations in all, at least 1.
         n_gradual: those in which the mask still grows, no more than ``n_iter``.
@@ -48,10 +50,8 @@ def admm(
         the solution; ``converged`` where the iterate and its projection agree to 1e-3, else ``max_iter``, which is
         usual: the number of iterations is the method's own rule.
     """
-    # In units of the damped diagonal: a channel that is all but silent has a unit of its own otherwise, in which the
-    # regulariser is next to nothing, and correlated with a loud one it gets a weight without bounds.
-    scale, scaled = gram.scaled
-    regularised = scaled.clone()
+    scale = _units(gram)
+    regularised = gram.matrix / scale / scale[:, None]
     regularised.diagonal().add_(_REGULARISER)
     system = regularised.double()
     system.diagonal().add_(_RHO)
@@ -75,6 +75,18 @@ def admm(
             size = float(torch.linalg.vector_norm(iterate))
             gap = float(torch.linalg.vector_norm(iterate - projected)) / size if size > 0 else 0.0
     return Solution((iterate + dual) * mask / scale, mask, n_iter, "converged" if gap < 1e-3 else "max_iter")
+
+
+def _units(gram: Gram) -> torch.Tensor:
+    """[in], the norm of each input, and a share of the root mean square of them all for those that are fainter.
+
+    In units of its own the regulariser of an input that is all but silent is next to nothing, and if it echoes a loud
+    one it may get a weight without bounds. With this floor no weight grows beyond 160 times those it stands in for.
+    """
+    energy = gram.matrix.diagonal()
+    live = energy[~gram.dead]
+    floor = _FAINT * float(live.double().mean()) if len(live) else 1.0
+    return energy.clamp_min(floor).sqrt()
 
 
 def _gradual(score: torch.Tensor, pattern: Pattern, group: str, step: int, n_steps: int) -> torch.Tensor:
