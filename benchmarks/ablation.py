@@ -49,7 +49,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "best, stream ordered": ("best", {"permute": "residual"}),
     "best, owl": ("best", {"allocate": "owl"}),
     "best, refit": ("best", {"refit": "cg", "settings": {"refit.iterations": 10}}),
-    "best, aims 0.35": ("best", {"settings": {"aim.share": 0.35, "aim.residual_share": 0.35}}),
+    **{
+        f"best, aims {share:g}": ("best", {"settings": {"aim.share": share, "aim.residual_share": share}})
+        for share in (0.2, 0.35, 0.7, 1.0)
+    },
     "best, damping 0.1": ("best", {"settings": {"damping": 0.1}}),
     "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),
     "best, damping 0.003": ("best", {"settings": {"damping": 0.003}}),

@@ -312,10 +312,8 @@ def test_a_score_without_text_is_permuted_too(
     assert manifest.read(out)["calibration"] is None
     assert verify(out)[1] == []
     found = {name.rpartition(".")[2]: kind for name, kind in kinds(out).items()}
-    others = {"fold": "no", "residual": "no"}.get(mode, "recorded")
-    folded = "recorded" if mode == "simulate" else "folded"
+    others, folded = ("recorded", "recorded") if mode == "simulate" else ("no", "folded")
     assert found == {**dict.fromkeys(found, others), "o_proj": folded, "down_proj": folded}
-    assert ("residual" in orders_in(out)) == (mode == "residual")
     weights = dict(unfolded(out).model.state_dict())
     dense = open_model(random_models("llama"), torch.float32).model.state_dict()
     assert all(torch.equal(value, torch.where(value == 0, value, dense[key])) for key, value in weights.items())
