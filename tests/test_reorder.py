@@ -296,14 +296,7 @@ def test_heads_that_m_does_not_divide_are_not_folded(
         assert kind == expected.get(name.rpartition(".")[2], "no" if mode == "fold" else "recorded"), name
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "fold",
-        "gather",
-        "simulate",
-    ],
-)
+@pytest.mark.parametrize("mode", ["fold", "simulate"])
 def test_a_score_without_text_is_permuted_too(
     mode: str, random_models: Callable[[str], Path], ids_file: str, tmp_path: Path
 ) -> None:
