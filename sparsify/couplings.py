@@ -25,15 +25,20 @@ _MLP = {
     "c_proj": (("c_fc",),),
     "dense_4h_to_h": (("dense_h_to_4h",),),
 }
-_ATTENTION_OUT = ("o_proj", "out_proj", "dense")
+_ATTENTION_OUT = ("o_proj", "out_proj", "dense", "c_proj")
+# One linear for queries, keys and values, whose rows are in this order.
+_FUSED_QKV = ("qkv_proj", "c_attn")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of an attention layer: ``query`` and ``key`` linears, counts, and whether whole heads may move."""
+    """The heads of an attention layer: where queries and keys come from, counts, and whether whole heads may move.
 
-    query: LinearSpec
-    key: LinearSpec
+    ``query`` and ``key`` are linears and the first row of theirs, as ``Coupling.producers``.
+    """
+
+    query: tuple[LinearSpec, int]
+    key: tuple[LinearSpec, int]
     n_query: int
     n_key: int
     head_dim: int
@@ -70,24 +75,33 @@ def couplings(skeleton: Skeleton, index: int) -> dict[str, Coupling]:
                 if len(entries) == max(len(leaves), 2 if leaves == ("gate_up_proj",) else 1):
                     found[name] = Coupling(spec, tuple(entries))
         if leaf in _ATTENTION_OUT:
-            heads = _heads(skeleton, stem, specs, spec)
-            if heads is not None:
-                found[name] = Coupling(spec, ((specs[f"{stem}.v_proj"], 0),), heads)
+            coupling = _attention(skeleton, stem, specs, spec)
+            if coupling is not None:
+                found[name] = coupling
     return found
 
 
-def _heads(skeleton: Skeleton, stem: str, specs: dict[str, LinearSpec], out: LinearSpec) -> Heads | None:
-    query, key, value = (specs.get(f"{stem}.{leaf}_proj") for leaf in "qkv")
-    if query is None or key is None or value is None:
-        return None
+def _attention(skeleton: Skeleton, stem: str, specs: dict[str, LinearSpec], out: LinearSpec) -> Coupling | None:
     config = skeleton.text_config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    n_query, n_key = out.in_features // head_dim, value.out_features // head_dim
-    fits = out.in_features == n_query * head_dim and query.out_features == out.in_features
-    if not fits or key.out_features != value.out_features or n_key == 0 or n_query % n_key:
+    n_query, width = out.in_features // head_dim, out.in_features
+    fused = next((specs[name] for leaf in _FUSED_QKV if (name := f"{stem}.{leaf}") in specs), None)
+    if fused is not None:
+        n_values = (fused.out_features - width) // 2
+        n_queries, n_keys = fused.out_features - 2 * n_values, n_values
+        query, key, value = (fused, 0), (fused, width), (fused, width + n_values)
+    else:
+        found = [specs.get(f"{stem}.{leaf}_proj") for leaf in "qkv"]
+        [q, k, v] = found
+        if q is None or k is None or v is None:
+            return None
+        n_queries, n_keys, n_values = q.out_features, k.out_features, v.out_features
+        query, key, value = (q, 0), (k, 0), (v, 0)
+    n_key = n_values // head_dim
+    fits = width == n_query * head_dim == n_queries and n_keys == n_values == n_key * head_dim
+    if not fits or n_key == 0 or n_query % n_key:
         return None
-    own = {f"{stem}.{leaf}.{kind}" for leaf in ("q_proj", "k_proj", "v_proj") for kind in ("weight", "bias")}
-    own |= {f"{out.name}.{kind}" for kind in ("weight", "bias")}
+    own = {f"{spec.name}.{kind}" for spec in (query[0], key[0], value[0], out) for kind in ("weight", "bias")}
     others = {
         name: tuple(parameter.shape)
         for name, parameter in skeleton.model.named_parameters()
@@ -101,7 +115,7 @@ def _heads(skeleton: Skeleton, stem: str, specs: dict[str, LinearSpec], out: Lin
         shape == (head_dim,) and "norm" in name and not any(part.isdigit() for part in name[len(stem) :].split("."))
         for name, shape in others.items()
     )
-    return Heads(query, key, n_query, n_key, head_dim, movable)
+    return Coupling(out, (value,), Heads(query, key, n_query, n_key, head_dim, movable))
 
 
 def fold_mlp(model: Any, coupling: Coupling, perm: torch.Tensor) -> None:
@@ -154,8 +168,8 @@ def fold_attention(
         _permute_rows(model, producer, values, start)
     if moves:
         # Queries and keys move by whole heads only: rotary embeddings pair channels within one.
-        _permute_rows(model, heads.query, channels[order].reshape(-1), 0)
-        _permute_rows(model, heads.key, of_keys[keys].reshape(-1), 0)
+        _permute_rows(model, heads.query[0], channels[order].reshape(-1), heads.query[1])
+        _permute_rows(model, heads.key[0], of_keys[keys].reshape(-1), heads.key[1])
     return perm
 
 

@@ -19,8 +19,8 @@ from sparsify.source import Source
 # Couplings a block: of attention (+ whole heads move, - they do not), of MLPs, and producers of one of those.
 EXPECTED = {
     "llama": ("+", 1, 2), "mistral": ("+", 1, 2), "qwen2": ("+", 1, 2), "qwen3": ("+", 1, 2), "gemma": ("+", 1, 2),
-    "gemma2": ("+", 1, 2), "gemma3_text": ("+", 1, 2), "phi": ("+", 1, 1), "phi3": ("", 1, 2), "opt": ("+", 1, 1),
-    "gpt_neox": ("", 1, 1), "gpt2": ("", 1, 1), "mixtral": ("+", 4, 2), "qwen2_moe": ("+", 5, 2),
+    "gemma2": ("+", 1, 2), "gemma3_text": ("+", 1, 2), "phi": ("+", 1, 1), "phi3": ("+", 1, 2), "opt": ("+", 1, 1),
+    "gpt_neox": ("", 1, 1), "gpt2": ("+", 1, 1), "mixtral": ("+", 4, 2), "qwen2_moe": ("+", 5, 2),
     "qwen3_moe": ("+", 4, 2), "olmoe": ("-", 4, 2), "bloom": ("", 0, 0),
     "llama-nine-heads": ("+", 1, 2), "llama-mha": ("+", 1, 2), "llama-mqa": ("+", 1, 2), "llama-one-head": ("+", 1, 2),
     "phi-norms": ("+", 1, 1), "starcoder2": ("+", 1, 1), "olmo2": ("-", 1, 2), "cohere": ("-", 1, 2),
