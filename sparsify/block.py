@@ -92,7 +92,7 @@ class BlockPruner:
         specs: list[LinearSpec],
         streams: Streams | None,
         *,
-        keep_dense: bool = False,
+        write_dense: bool = False,
     ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
         """Prune ``specs`` of ``block`` in place.
 
@@ -101,7 +101,7 @@ class BlockPruner:
             index: its number.
             specs: its linears that are pruned, one at least.
             streams: what enters it; None where the method needs no text.
-            keep_dense: write what leaves the dense block to the second of ``streams.dense``, in the last pass that
+            write_dense: write what leaves the dense block to the second of ``streams.dense``, in the last pass that
                 runs it anyway (of a method whose aim is not ``own``).
 
         Returns:
@@ -130,8 +130,8 @@ class BlockPruner:
         orders: dict[str, torch.Tensor] = {}
         groups = self._groups(block, index, specs, streams)
         for group in groups:
-            keep = streams.dense[1] if keep_dense and streams.dense and group is groups[-1] else None
-            stats = self._collect(block, reference, index, group, streams, places, keep)
+            leaving = streams.dense[1] if write_dense and streams.dense and group is groups[-1] else None
+            stats = self._collect(block, reference, index, group, streams, places, leaving)
             found, permuted = self._prune_group(index, group, dict(stats))
             rows += found
             orders |= permuted
@@ -190,9 +190,9 @@ class BlockPruner:
         specs: list[LinearSpec],
         streams: Streams,
         places: dict[str, str],
-        keep: HiddenFile | None,
+        leaving: HiddenFile | None,
     ) -> dict[str, InputStats]:
-        """Statistics of ``specs`` from one pass over the text; ``keep`` receives what leaves the dense block."""
+        """Statistics of ``specs`` from one pass over the text; ``leaving`` receives what leaves the dense block."""
         wanted = Wanted(self.plan.needs_mean, self.plan.needs_gram, self.plan.aim != "own", self.plan.aim == "residual")
         prefix = self.skeleton.prefix(index)
         run = streams.calls.run
@@ -216,17 +216,17 @@ class BlockPruner:
                         streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True
                     ):
                         tape.rewind()
-                        leaving = entering
+                        output = entering
                         # What leaves the block takes a complete pass, the inputs of its linears alone a shorter one.
-                        with nullcontext() if keep is not None else tape.window():
-                            leaving = run(reference, index, entering)
+                        with nullcontext() if leaving is not None else tape.window():
+                            output = run(reference, index, entering)
                         with collector.window():
                             run(block, index, hidden)
                         self.progress.advance()
-                        yield leaving
+                        yield output
 
-                if keep is not None:
-                    keep.write(passes())
+                if leaving is not None:
+                    leaving.write(passes())
                 else:
                     for _ in passes():
                         pass

@@ -295,10 +295,10 @@ class _Run:
             entering = streams.turned(index) if streams is not None else None
             dense = entering.dense if ahead and entering is not None else None
             # Where the method runs the dense block anyway, the pruner writes what leaves it on its way.
-            keep_dense = dense is not None and bool(specs) and plan.aim != "own"
-            if entering is not None and dense is not None and not keep_dense:
+            write_dense = dense is not None and bool(specs) and plan.aim != "own"
+            if entering is not None and dense is not None and not write_dense:
                 self._write_hidden(block, index, entering, dense)
-            rows, orders = pruner.prune(block, index, specs, entering, keep_dense=keep_dense) if specs else ([], {})
+            rows, orders = pruner.prune(block, index, specs, entering, write_dense=write_dense) if specs else ([], {})
             part = self.folder / _ORDERS.format(index)
             if orders:
                 write_permutations(part, orders)
