@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import NumericsError
+from sparsify.grams import Grams
 from sparsify.masks import satisfies
 from sparsify.solvers.quadratic import Gram, lipschitz, relative_error, value
+from sparsify.stats import InputStats
 from sparsify.types import NofM
 from tests.problems import DIRECT, ROWS, array, gram_of, inputs, random, seeds, sizes
 
@@ -186,3 +188,34 @@ def test_relative_error_where_there_is_no_output() -> None:
     w = torch.ones(2, 3)
     assert relative_error(w, torch.zeros_like(w), torch.zeros(3, 3)) == 0
     assert relative_error(torch.zeros_like(w), w, torch.eye(3)) == 0
+
+
+def test_grams_are_made_once_per_input_follow_an_order_and_are_let_go() -> None:
+    stats = InputStats(torch.ones(12), 60, gram=gram_of(inputs(4, 60, 12)).matrix)
+    told: list[str] = []
+    grams = Grams(0.01, length=8, tell=lambda text, kind: told.append(text))
+    gram = grams.of(stats, "a")
+    assert gram is not None
+    assert grams.of(stats, "b") is gram
+    assert grams.of(None, "c") is None
+    assert grams.of(InputStats(torch.ones(12), 60), "d") is None
+    assert not told
+    assert gram.inverse.shape == (12, 12)
+    perm = torch.from_numpy(np.random.default_rng(0).permutation(12))
+    moved = grams.reordered(stats, perm)
+    after = grams.of(moved, "a")
+    assert after is not None
+    assert torch.equal(after.matrix, gram.matrix[perm][:, perm])
+    assert torch.equal(after.inverse, gram.inverse[perm][:, perm])
+    # The statistics as they were are another input again.
+    assert grams.of(stats, "b") is not gram
+    grams.forget(moved)
+    assert grams.of(moved, "a") is not after
+    few = InputStats(torch.ones(12), 20, gram=stats.gram)
+    assert grams.of(few, "e") is not None
+    assert len(told) == 1
+    assert "e: 20 calibration tokens for 12 inputs" in told[0]
+    assert "--windows 15" in told[0]
+    unseen = grams.of(InputStats(torch.zeros(12), 0, gram=torch.zeros(12, 12)), "f")
+    assert unseen is not None
+    assert torch.equal(unseen.matrix, torch.eye(12))
