@@ -139,9 +139,10 @@ def main() -> None:
                 body = {
                     "commit": version,
                     "versions": versions("torch", "transformers"),
-                    "model": source.name,
+                    # Where files lie on this machine is nobody's business.
+                    "model": Path(source.name).name,
                     "options": {
-                        key: str(value) if isinstance(value, Path) else value
+                        key: Path(value).name if key in ("calibration", "eval") else value
                         for key, value in vars(options).items()
                         if key not in ("out", "model")
                     },
