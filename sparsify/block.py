@@ -273,7 +273,7 @@ class BlockPruner:
         if not bool(torch.isfinite(stored).all()):
             raise NumericsError(
                 f"{spec.name}: weights too large for {str(stored.dtype).removeprefix('torch.')} came out; "
-                "try --set damping=0.1 or more calibration text"
+                "give more calibration text (--windows) or use --method sparsegpt"
             )
         weight.copy_(stored)
         status = outcome.status

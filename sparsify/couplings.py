@@ -91,8 +91,7 @@ def _attention(skeleton: Skeleton, stem: str, specs: dict[str, LinearSpec], out:
         n_queries, n_keys = fused.out_features - 2 * n_values, n_values
         query, key, value = (fused, 0), (fused, width), (fused, width + n_values)
     else:
-        found = [specs.get(f"{stem}.{leaf}_proj") for leaf in "qkv"]
-        [q, k, v] = found
+        q, k, v = (specs.get(f"{stem}.{leaf}_proj") for leaf in "qkv")
         if q is None or k is None or v is None:
             return None
         n_queries, n_keys, n_values = q.out_features, k.out_features, v.out_features

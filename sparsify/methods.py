@@ -375,11 +375,9 @@ def _check_combination(plan: Method) -> None:
             f"order {plan.order} and inputs {plan.inputs} with score {plan.score}: no text is run; "
             "use --set order=block and --set inputs=pruned"
         )
-    for name in plan.settings:
-        if _NEEDS.get(name) is not None:
-            other, values = _NEEDS[name]
-            if plan.setting(other) not in values:
-                raise UsageError(f"setting {name} has no effect with {other} {plan.setting(other)}")
+    for name, (other, values) in _NEEDS.items():
+        if name in plan.settings and plan.setting(other) not in values:
+            raise UsageError(f"setting {name} has no effect with {other} {plan.setting(other)}")
     simultaneous = plan.solver == "mrp" and plan.setting("mrp.variant") not in ("SS", "MS")
     if plan.refit != "none" and simultaneous and plan.setting("mrp.free") == "all":
         raise UsageError("refit with solver mrp: mrp.free all is the least squares optimum already; drop --set refit")

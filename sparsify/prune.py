@@ -307,8 +307,9 @@ class _Run:
             if ahead and entering is not None and plan.inputs == "pruned":
                 self._write_hidden(block, index, entering, entering.pruned)
             if ahead and entering is not None:
-                pairs = [entering.pruned] if plan.inputs == "pruned" else []
-                hidden = [files[1].record for files in (*pairs, *filter(None, [dense]))]
+                written = [entering.pruned] if plan.inputs == "pruned" else []
+                written += [dense] if dense is not None else []
+                hidden = [files[1].record for files in written]
             self.binding.unload(block)
             return_freed_memory()
             self._commit_block(shard, rows, hidden, found)
