@@ -142,16 +142,20 @@ class BlockPruner:
         self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None]
     ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
         grams = Grams(self.plan.setting("damping"), self.length, self._tell)
-        placed, orders = self.reorder.group(index, specs, stats, grams)
+        placed, orders = self.reorder.shared(index, specs, stats, grams)
         rows = []
         for i, spec in enumerate(specs):
             entry = stats[spec.name]
+            folded = self.reorder.fold(index, spec, entry, grams)
+            if folded is not None:
+                placed[spec.name], orders[spec.name] = (None, "folded"), folded.cpu()
+                entry = None if entry is None else grams.reordered(entry, folded)
             perm, kind = placed.get(spec.name, (None, "no"))
             row = self._prune_linear(spec, entry, grams.of(entry, spec.name), perm)
             rows.append(replace(row, permuted=kind))
             if entry is not None:
                 self.progress.advance()
-                if all(stats[later.name] is not entry for later in specs[i + 1 :]):
+                if all(stats[later.name] is not stats[spec.name] for later in specs[i + 1 :]):
                     # With its factorisations a Gram matrix takes six times its size, and experts are many.
                     grams.forget(entry)
         return rows, orders

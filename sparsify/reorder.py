@@ -46,48 +46,72 @@ class Reorder:
         self.seed = seed
         self.tell = tell
 
-    def group(
+    def shared(
         self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None], grams: Grams
     ) -> tuple[dict[str, Placed], dict[str, torch.Tensor]]:
-        """Orders for linears of block ``index`` whose statistics were taken together.
-
-        ``stats`` of a linear whose order was folded are replaced by those of the reordered inputs.
+        """Orders of block ``index`` that are known or recorded, for linears whose statistics were taken together.
 
         Returns:
-            what became of each N:M linear that has an order; and the orders found here, [in], by linear name.
+            what became of each N:M linear that has one; and the orders found here, [in], by linear name.
         """
         plan = self.plan
         grouped = [spec for spec in specs if isinstance(self.patterns[spec.name], NofM)]
         placed: dict[str, Placed] = {}
         orders: dict[str, torch.Tensor] = {}
-        if plan.permute == "none" or not grouped:
+        if plan.permute == "residual":
+            # The stream's order came with the weights.
+            placed |= {spec.name: (None, "folded") for spec in grouped if reads_residual(self.skeleton, spec)}
+        if plan.permute not in ("gather", "simulate"):
             return placed, orders
-        folds = {} if plan.permute == "simulate" else couplings(self.skeleton, index)
+        # One order per input, so that one gather serves all that read it; or one each, as the paper evaluates it.
+        sharing: dict[Any, list[LinearSpec]] = {}
         for spec in grouped:
-            if plan.permute == "residual" and reads_residual(self.skeleton, spec):
-                # The stream's order came with the weights.
-                placed[spec.name] = None, "folded"
-            if spec.name not in folds:
-                continue
-            perm = self._fold(folds[spec.name], self._salience(spec, stats[spec.name], grams))
-            if perm is not None:
-                placed[spec.name], orders[spec.name] = (None, "folded"), perm
-                entry = stats[spec.name]
-                stats[spec.name] = None if entry is None else grams.reordered(entry, perm)
-        if plan.permute in ("gather", "simulate"):
-            # One order per input, so that one gather serves all that read it; or one each, as the paper evaluates it.
-            shared: dict[Any, list[LinearSpec]] = {}
-            for spec in grouped:
-                if spec.name not in placed:
-                    together = plan.permute == "gather" and stats[spec.name] is not None
-                    key = (id(stats[spec.name]), self.patterns[spec.name]) if together else spec.name
-                    shared.setdefault(key, []).append(spec)
-            for members in shared.values():
-                worth = [self._salience(spec, stats[spec.name], grams) for spec in members]
-                perm = self._search(torch.cat(worth), members[0])
-                for spec in members:
-                    placed[spec.name], orders[spec.name] = (perm, "recorded"), perm
-        return placed, {name: order.cpu() for name, order in orders.items()}
+            if self._coupling(index, spec) is None:
+                key = (id(stats[spec.name]), self.patterns[spec.name]) if plan.permute == "gather" else spec.name
+                sharing.setdefault(key, []).append(spec)
+        for members in sharing.values():
+            worth = [self._salience(spec, stats[spec.name], grams) for spec in members]
+            perm = self._search(torch.cat(worth), members[0])
+            for spec in members:
+                placed[spec.name], orders[spec.name] = (perm, "recorded"), perm.cpu()
+        return placed, orders
+
+    def fold(self, index: int, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor | None:
+        """Fold an order of the inputs of ``spec`` into the weights around them, where that is wanted and possible.
+
+        Returns:
+            the order, [in]; None where the inputs stay as they are.
+        """
+        coupling = self._coupling(index, spec)
+        if coupling is None:
+            return None
+        score, heads, model = self._salience(spec, stats, grams), coupling.heads, self.skeleton.model
+        if heads is None:
+            perm = self._search(score, spec)
+            fold_mlp(model, coupling, perm)
+            return perm
+        # Query heads that read one key-value head share its order. Groups lie within heads, so moving whole heads would
+        # change no group.
+        by_key = score.reshape(len(score), heads.n_key, -1, heads.head_dim)
+        within = [
+            self._search(by_key[:, key].transpose(0, 1).reshape(-1, heads.head_dim), spec) for key in range(heads.n_key)
+        ]
+        return fold_attention(model, coupling, within).to(score.device)
+
+    def _coupling(self, index: int, spec: LinearSpec) -> Coupling | None:
+        """What follows the inputs of a linear that is to be folded."""
+        pattern = self.patterns[spec.name]
+        if not isinstance(pattern, NofM) or self.plan.permute in ("none", "simulate"):
+            return None
+        coupling = couplings(self.skeleton, index).get(spec.name)
+        if coupling is not None and coupling.heads is not None and coupling.heads.head_dim % pattern.m:
+            if self.plan.permute != "gather":
+                self.tell(
+                    f"{spec.name}: heads of {coupling.heads.head_dim} are no multiple of {pattern.m}; "
+                    "its inputs stay in order"
+                )
+            return None
+        return coupling
 
     def _salience(self, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor:
         """[out, in], what each weight of a linear is worth."""
@@ -106,25 +130,3 @@ class Reorder:
             n_parts=parts_of(score.shape[1] // pattern.m, self.plan.setting("permute.parts")),
             seed=self.seed,
         ).perm
-
-    def _fold(self, coupling: Coupling, score: torch.Tensor) -> torch.Tensor | None:
-        spec, heads, model = coupling.consumer, coupling.heads, self.skeleton.model
-        if heads is None:
-            perm = self._search(score, spec)
-            fold_mlp(model, coupling, perm)
-            return perm
-        pattern = self.patterns[spec.name]
-        assert isinstance(pattern, NofM)
-        if heads.head_dim % pattern.m:
-            if self.plan.permute != "gather":
-                self.tell(
-                    f"{spec.name}: heads of {heads.head_dim} are no multiple of {pattern.m}; its inputs stay in order"
-                )
-            return None
-        # Query heads that read one key-value head share its order. Groups lie within heads, so moving whole heads would
-        # change no group.
-        by_key = score.reshape(len(score), heads.n_key, -1, heads.head_dim)
-        within = [
-            self._search(by_key[:, key].transpose(0, 1).reshape(-1, heads.head_dim), spec) for key in range(heads.n_key)
-        ]
-        return fold_attention(model, coupling, within).to(score.device)
