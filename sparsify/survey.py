@@ -125,7 +125,7 @@ def allocated(survey: Survey, patterns: dict[str, Pattern], sparsity: Fraction) 
     if plan.allocate == "owl":
         wanted, spread = _by_outliers(survey, chosen, sparsity), 2 * plan.setting("owl.spread")
     else:
-        wanted, spread = _by_error(survey, chosen, sparsity), plan.setting("error.spread")
+        wanted, spread = _by_error(survey, chosen, patterns, sparsity), plan.setting("error.spread")
 
     def grain(name: str) -> int:
         pattern = patterns[name]
@@ -153,17 +153,19 @@ def _by_outliers(survey: Survey, chosen: list[list[LinearSpec]], sparsity: Fract
     return {spec.name: shares[index] for index, specs in enumerate(chosen) for spec in specs}
 
 
-def _by_error(survey: Survey, chosen: list[list[LinearSpec]], sparsity: Fraction) -> dict[str, float]:
+def _by_error(
+    survey: Survey, chosen: list[list[LinearSpec]], patterns: dict[str, Pattern], sparsity: Fraction
+) -> dict[str, float]:
     plan = survey.plan
     curves: dict[str, allocate.Curve] = {}
     points = allocate.grid(sparsity, plan.setting("error.spread"))
 
     def see(_index: int, spec: LinearSpec, weight: torch.Tensor, _stats: InputStats, gram: Gram | None) -> None:
+        pattern = patterns[spec.name]
         assert gram is not None
-        errors = [
-            relative_error(weight, sparsegpt(weight, gram, Unstructured(s), group=plan.group).weight, gram.matrix)
-            for s in points
-        ]
+        assert isinstance(pattern, Unstructured)
+        tried = [sparsegpt(weight, gram, Unstructured(s, pattern.group), group=plan.group).weight for s in points]
+        errors = [relative_error(weight, pruned, gram.matrix) for pruned in tried]
         curves[spec.name] = allocate.Curve(weight.numel(), tuple(map(float, points)), tuple(errors))
 
     survey.visit("allocating sparsity", chosen, Wanted(gram=True), see)
