@@ -295,14 +295,14 @@ def resolve(
     if method not in METHODS:
         raise UsageError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     base = METHODS[method]
-    base = replace(base, **(base.for_groups if grouped else {}))  # type: ignore[arg-type]
-    given = {name: value for name, value in parts.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in parts.items() if value is not None}
     for name, value in given.items():
         if value not in PARTS[name]:
             raise UsageError(f"{name} {value!r} is unknown; choose one of {', '.join(PARTS[name])}")
     for name, setting in settings.items():
         _check_setting(name, setting)
-    plan = replace(base, **given, settings={**base.settings, **settings})  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {**(base.for_groups if grouped else {}), **given}
+    plan = replace(base, **chosen, settings={**base.settings, **settings})
     plan = replace(plan, settings={name: value for name, value in plan.settings.items() if plan.uses(name)})
     for name in settings:
         if name not in plan.settings:

@@ -1,6 +1,7 @@
 """FISTAPruner and its inner solver, against scikit-learn's lasso and loops in float64."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -228,11 +229,11 @@ def test_fista_gains_on_a_wanda_start_in_the_mean(text: str, group: str) -> None
 @pytest.mark.parametrize("nothing", [{"n_iter": 0}, {"patience": 0}])
 @each_pattern
 def test_fista_without_steps_or_patience_returns_the_rounded_start(
-    text: str, group: str, nothing: dict[str, int], scaled: bool
+    text: str, group: str, nothing: dict[str, Any], scaled: bool
 ) -> None:
     w, gram = layer_problem(1)
     pattern, start = pattern_of(text, group), weights(2, *w.shape)
-    solution = fista(w, gram, pattern, start, scaled=scaled, **nothing)  # type: ignore[arg-type]
+    solution = fista(w, gram, pattern, start, scaled=scaled, **nothing)
     torch.testing.assert_close(solution.weight, rounded(start, gram, pattern, scaled), rtol=1e-6, atol=0)
     assert solution.n_iter == 0
 

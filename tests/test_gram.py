@@ -88,6 +88,7 @@ def test_nan_and_inf_are_refused(bad: float) -> None:
 @pytest.mark.parametrize("kind", ["duplicates", "one duplicate", "low rank"])
 def test_next_to_no_damping_on_dependent_inputs_gives_weights_or_a_numerics_error(kind: str, damping: float) -> None:
     """Factorising one order may succeed where the other fails; no solver may end in an error of torch's."""
+    refusals: list[str] = []
     answered = 0
     for seed in range(12):
         x = random(seed, 5 if kind == "low rank" else 60, 16)
@@ -102,11 +103,12 @@ def test_next_to_no_damping_on_dependent_inputs_gives_weights_or_a_numerics_erro
                 try:
                     solution = solver(weight, gram, pattern)
                 except NumericsError as error:
-                    assert "damping" in str(error)  # noqa: PT017
+                    refusals.append(str(error))
                     continue
                 answered += 1
                 assert satisfies(solution.weight, pattern)
                 assert bool(torch.isfinite(solution.weight).all())
+    assert all("damping" in refusal for refusal in refusals)
     assert answered > 20
 
 

@@ -9,10 +9,10 @@ import torch
 from sparsify.solvers.admm import admm
 from sparsify.solvers.alps import alps
 from sparsify.solvers.fista import fista
-from sparsify.solvers.quadratic import Gram
+from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.solvers.refit import refit
 from sparsify.solvers.sparsegpt import sparsegpt
-from sparsify.types import NofM, parse_pattern
+from sparsify.types import NofM, Pattern, parse_pattern
 from tests.problems import (
     DIRECT,
     INPUT_KINDS,
@@ -34,6 +34,10 @@ SOLVERS: dict[str, Solver] = {
     "alps": alps,
     "fista": lambda w, g, p: fista(w, g, p, sparsegpt(w, g, p).weight),
 }
+
+
+def _fista_from_rounded(w: torch.Tensor, g: Gram, p: Pattern) -> Solution:
+    return fista(w, g, p, rounded(w, g, p, True))
 
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)
@@ -90,10 +94,7 @@ def test_the_mean_over_correlated_problems_is_better_than_sparsegpt(solver: str,
 @each_pattern
 def test_the_scale_of_an_input_changes_nothing_but_its_weights(solver: str, text: str, group: str) -> None:
     pattern = pattern_of(text, group)
-    if solver == "fista":
-        solve: Solver = lambda w, g, p: fista(w, g, p, rounded(w, g, p, True))  # noqa: E731
-    else:
-        solve = SOLVERS[solver]
+    solve: Solver = {**SOLVERS, "fista": _fista_from_rounded}[solver]
     w, gram = layer_problem(6, damping=0.0)
     # Powers of two, so that not even rounding differs.
     a = 2.0 ** torch.randint(-2, 3, (16,), generator=torch.Generator().manual_seed(0))

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pytest
@@ -15,35 +14,26 @@ from sparsify.bench.perplexity import compare, kl_divergence, perplexity
 from sparsify.errors import DataError, ModelError, NumericsError
 from sparsify.runtimes.session import Session
 from sparsify.runtimes.torch_session import TorchSession
+from tests.fakes import FakeSession
 
 STORIES = Path(__file__).parents[2] / "shared/data/models/stories260k"
 VOCAB = 31
 
 
-class Table:
+class Table(FakeSession):
     """A session whose logits are a fixed function of the window's tokens, so expected values are computable."""
 
     name = "table"
 
     def __init__(self, seed: int = 0, vocab: int = VOCAB, scale: float = 3.0) -> None:
         self.rows = (np.random.default_rng(seed).normal(size=(VOCAB, vocab)) * scale).astype(np.float32)
+        super().__init__(self._look_up)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None: ...
-
-    def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+    def _look_up(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         # The running mean makes a row depend on the start of its window, as context does in a model.
         means = np.cumsum(ids, axis=1) / np.arange(1, ids.shape[1] + 1)
         values: NDArray[np.float32] = self.rows[ids] * (1 + means[..., None] / VOCAB).astype(np.float32)
         return values
-
-    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        raise NotImplementedError
-
-    def engaged(self) -> dict[str, str]:
-        return {}
 
 
 def _tokens(n: int, seed: int = 1) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from sparsify.bench.zeroshot import (
     Question,
@@ -20,6 +21,7 @@ from sparsify.bench.zeroshot import (
 )
 from sparsify.errors import DataError
 from sparsify.runtimes.torch_session import TorchSession
+from tests.fakes import FakeSession
 
 
 def test_scores_are_the_models_probabilities(stories: Path) -> None:
@@ -43,12 +45,9 @@ def test_scores_are_the_models_probabilities(stories: Path) -> None:
 
 
 def test_accuracy_counts_by_likelihood_and_by_likelihood_per_character() -> None:
-    class Session:
-        name = "fixed"
-
-        def logits(self, ids: np.ndarray, attention_mask: None = None) -> np.ndarray:
-            # Every next token is "a" with certainty e, "b" with 1, whatever came before.
-            return np.broadcast_to(np.array([0.0, 1.0, 0.0], dtype=np.float32), (1, ids.shape[1], 3))
+    def of(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        # Every next token is "a" with certainty e, "b" with 1, whatever came before.
+        return np.broadcast_to(np.array([0.0, 1.0, 0.0], dtype=np.float32), (1, ids.shape[1], 3))
 
     def encode(text: str) -> list[int]:
         return [{" ": 0, "a": 1, "b": 2}[letter] for letter in text]
@@ -59,35 +58,32 @@ def test_accuracy_counts_by_likelihood_and_by_likelihood_per_character() -> None
         Question("b", (" aaaa", " b"), 1),
         Question("b", ("a",)),
     ]
-    both = accuracy(Session(), encode, questions[:2])  # type: ignore[arg-type]
+    both = accuracy(FakeSession(of), encode, questions[:2])
     assert (both.acc, both.acc_norm, both.n) == (0.5, 0.5, 2)
-    first = accuracy(Session(), encode, questions[:1])  # type: ignore[arg-type]
+    first = accuracy(FakeSession(of), encode, questions[:1])
     assert (first.acc, first.acc_norm) == (0.0, 1.0)
-    assert accuracy(Session(), encode, questions[2:]).acc == 1.0  # type: ignore[arg-type]
+    assert accuracy(FakeSession(of), encode, questions[2:]).acc == 1.0
     with pytest.raises(DataError, match="no questions"):
-        accuracy(Session(), encode, [])  # type: ignore[arg-type]
+        accuracy(FakeSession(of), encode, [])
     with pytest.raises(DataError, match="a token each"):
-        accuracy(Session(), encode, [Question("", ("a",))])  # type: ignore[arg-type]
+        accuracy(FakeSession(of), encode, [Question("", ("a",))])
 
 
 def test_the_model_sees_as_much_as_it_can_and_no_more() -> None:
     seen = []
 
-    class Session:
-        name = "fixed"
-
-        def logits(self, ids: np.ndarray, attention_mask: None = None) -> np.ndarray:
-            seen.append(ids[0].tolist())
-            return np.zeros((1, ids.shape[1], 256), dtype=np.float32)
+    def of(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        seen.append(ids[0].tolist())
+        return np.zeros((1, ids.shape[1], 256), dtype=np.float32)
 
     def encode(text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
-    log_likelihoods(Session(), encode, [("abcdef", "gh")], context_length=4)  # type: ignore[arg-type]
+    log_likelihoods(FakeSession(of), encode, [("abcdef", "gh")], context_length=4)
     # What predicts h is the last token seen: of eight the last five, without h.
     assert seen == [encode("defg")]
     with pytest.raises(DataError, match="5 tokens, of which the model sees 4"):
-        log_likelihoods(Session(), encode, [("a", "bcdef")], context_length=4)  # type: ignore[arg-type]
+        log_likelihoods(FakeSession(of), encode, [("a", "bcdef")], context_length=4)
 
 
 @pytest.mark.parametrize(
