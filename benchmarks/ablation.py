@@ -44,8 +44,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "alps, error allocated": ("alps", {"allocate": "error"}),
     "best": ("best", {}),
     "best, by block": ("best", {"order": "block"}),
+    "best, solved by admm": ("best", {"solver": "admm"}),
     "best, solved by alps": ("best", {"solver": "alps"}),
-    "best, 40 iterations": ("best", {"settings": {"admm.iterations": 40}}),
+    "best, solved by alps to the end": (
+        "best",
+        {"solver": "alps", "settings": {"alps.penalty": 0.1, "alps.iterations": 300}},
+    ),
     "best, stream ordered": ("best", {"permute": "residual"}),
     "best, owl": ("best", {"allocate": "owl"}),
     "best, refit": ("best", {"refit": "cg", "settings": {"refit.iterations": 10}}),

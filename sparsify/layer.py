@@ -242,7 +242,14 @@ def _solve_admm(
 def _solve_alps(
     weight: torch.Tensor, gram: Gram, pattern: Pattern, plan: Method, keep: torch.Tensor | None
 ) -> Solution:
-    return alps(weight, gram, pattern, n_iter=plan.setting("alps.iterations"), group=plan.group)
+    return alps(
+        weight,
+        gram,
+        pattern,
+        n_iter=plan.setting("alps.iterations"),
+        rho=plan.setting("alps.penalty"),
+        group=plan.group,
+    )
 
 
 SOLVERS: dict[str, Callable[[torch.Tensor, Gram, Pattern, Method, torch.Tensor | None], Solution]] = {

@@ -10,20 +10,21 @@ from sparsify.types import parse_pattern
 from tests.problems import assert_exact, each_pattern, error, layer_problem, on_mask, pattern_of, rounded
 
 
+@pytest.mark.parametrize("rho", [0.1, 0.3])
 @each_pattern
-def test_alps_begins_as_in_the_paper(text: str, group: str) -> None:
+def test_alps_begins_as_in_the_paper(text: str, group: str, rho: float) -> None:
     # Three iterations, up to the first change of the penalty.
     w, gram = layer_problem(7)
     pattern = pattern_of(text, group)
     damped = gram.damped.double()
     scale = damped.diagonal().sqrt()
     a, dense = damped / scale / scale[:, None], w.double() * scale
-    d, u, rho, unit = dense, torch.zeros_like(dense), 0.1, Gram(torch.eye(16), 1)
+    d, u, unit = dense, torch.zeros_like(dense), Gram(torch.eye(16), 1)
     for t in range(1, 4):
         b = torch.linalg.solve(a + rho * torch.eye(16), (dense @ a - u + rho * d).t()).t()
         d = rounded(b + u / rho, unit, pattern, False)
         u = u + rho * (b - d)
-        solution = alps(w, gram, pattern, n_iter=t, n_refit=0)
+        solution = alps(w, gram, pattern, n_iter=t, n_refit=0, rho=rho)
         assert torch.equal(solution.keep, rounded(b, unit, pattern, False) != 0)
         torch.testing.assert_close(solution.weight.double(), b / scale * solution.keep, rtol=1e-4, atol=1e-4)
         assert (solution.n_iter, solution.status) == (t, "max_iter")

@@ -13,7 +13,6 @@ from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.solvers.refit import refit
 from sparsify.types import Pattern
 
-_RHO = 0.1
 _CHECK_EVERY = 3
 # Share of the support that moved since the last check -> factor on the penalty.
 _RAISE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -29,6 +28,7 @@ def alps(
     n_settled: int = 30,
     settled: float = 3e-4,
     n_refit: int = 10,
+    rho: float = 0.1,
     group: str = "layer",
 ) -> Solution:
     """Split V into B (solves the quadratic) and D (has the pattern) and raise the penalty on B ≠ D.
@@ -46,6 +46,7 @@ def alps(
         n_settled: iterations after which a share of the support below ``settled`` may still move at the end.
         settled: that share.
         n_refit: the most conjugate gradient steps; 0 leaves B on the mask.
+        rho: the penalty it begins with.
         group: comparison group where the pattern leaves it open.
 
     Raises:
@@ -56,7 +57,7 @@ def alps(
     target = dense @ scaled
     # One eigendecomposition serves every ρ: (G' + ρI)⁻¹ = Q (Λ + ρ)⁻¹ Qᵀ.
     values, vectors = gram.spectrum
-    rho, status = _RHO, "max_iter"
+    status = "max_iter"
     split, dual = dense.clone(), torch.zeros_like(dense)
     inverse: torch.Tensor | None = None
     last: torch.Tensor | None = None
