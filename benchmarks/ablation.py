@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--eval-windows", type=int, default=16)
     parser.add_argument("--eval-length", type=int, default=512)
+    parser.add_argument("--include", nargs="*", default=[], help="globs of linears to prune, where the model is large")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, help="variants by name")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -120,6 +121,7 @@ def main() -> None:
                         windows=options.windows,
                         length=options.length,
                         seed=seed,
+                        include=tuple(options.include),
                         **changes,
                     )
                 except UsageError:

@@ -375,22 +375,28 @@ def methods_command(
 
     if method is not None:
         plan, other = resolve(method, {}, {}), resolve(method, {}, {}, grouped=False)
+        both = ((plan, "N:M"), (other, "sparsity"))
         if json:
             print_json({"method": method, "grouped": asdict(plan), "unstructured": asdict(other)})
             return
         print_line(f"{method}: {plan.summary}. {plan.paper}".rstrip())
         rows = []
         for part, meanings in PARTS.items():
-            for choice in dict.fromkeys((getattr(plan, part), getattr(other, part))):
-                differs = getattr(plan, part) != getattr(other, part)
-                only = ("N:M: " if choice == getattr(plan, part) else "sparsity: ") if differs else ""
-                rows.append((part, choice, only + meanings[choice]))
+            choices = {getattr(each, part): kind for each, kind in both}
+            rows += [
+                (part, choice, f"{kind}: {meanings[choice]}" if len(choices) > 1 else meanings[choice])
+                for choice, kind in choices.items()
+            ]
         print_table(("part", "choice", "meaning"), rows)
         used = [name for name in SETTINGS if plan.uses(name) or other.uses(name)]
-        print_table(
-            ("setting", "value", "meaning"),
-            [(name, str((plan if plan.uses(name) else other).setting(name)), SETTINGS[name].help) for name in used],
-        )
+        rows = []
+        for name in used:
+            values = {str(each.setting(name)): kind for each, kind in both if each.uses(name)}
+            rows += [
+                (name, value, f"{kind}: {SETTINGS[name].help}" if len(values) > 1 else SETTINGS[name].help)
+                for value, kind in values.items()
+            ]
+        print_table(("setting", "value", "meaning"), rows)
         return
     if json:
         print_json(

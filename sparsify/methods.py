@@ -175,7 +175,7 @@ class Method:
         cost: what it takes, see ``COSTS``.
         paper: source.
         summary: one line for ``--help``.
-        for_groups: parts that differ for N:M patterns.
+        for_groups: parts and settings that differ for N:M patterns.
         settings: values that differ from the defaults.
     """
 
@@ -192,7 +192,7 @@ class Method:
     order: str = "block"
     aim: str = "own"
     inputs: str = "pruned"
-    for_groups: Mapping[str, str] = field(default_factory=dict)
+    for_groups: Mapping[str, Scalar] = field(default_factory=dict)
     settings: Mapping[str, Scalar] = field(default_factory=dict)
 
     def setting(self, name: str) -> Any:
@@ -252,7 +252,8 @@ METHODS: dict[str, Method] = {
         "wanda", refine="dsnot",
     ),
     "r2-dsnot": Method(
-        "wanda, then such swaps by relative importance", "norms", _SYMMETRIC, "row", "wanda", refine="r2-dsnot"
+        "wanda, then such swaps by relative importance", "norms", _SYMMETRIC, "row", "wanda", refine="r2-dsnot",
+        for_groups={"dsnot.safe": False, "r2.reweight": "both"}, settings={"dsnot.safe": True},
     ),
     "sparsegpt": Method(
         "column by column, errors passed on to the right", "gram", "Frantar and Alistarh, arXiv 2301.00774",
@@ -303,8 +304,10 @@ def resolve(
             raise UsageError(f"{name} {value!r} is unknown; choose one of {', '.join(PARTS[name])}")
     for name, setting in settings.items():
         _check_setting(name, setting)
-    chosen: dict[str, Any] = {**(base.for_groups if grouped else {}), **given}
-    plan = replace(base, **chosen, settings={**base.settings, **settings})
+    own = base.for_groups if grouped else {}
+    chosen: dict[str, Any] = {**{name: value for name, value in own.items() if name in PARTS}, **given}
+    own_settings = {name: value for name, value in own.items() if name in SETTINGS}
+    plan = replace(base, **chosen, settings={**base.settings, **own_settings, **settings})
     plan = replace(plan, settings={name: value for name, value in plan.settings.items() if plan.uses(name)})
     for name in settings:
         if name not in plan.settings:

@@ -203,6 +203,16 @@ def test_every_choice_is_used_by_a_method_or_reachable_and_every_setting_belongs
         assert all(name in SETTINGS for name in plan.settings)
 
 
+def test_parts_and_settings_may_differ_for_groups_unless_given() -> None:
+    grouped, other = resolve("best", {}, {}), resolve("best", {}, {}, grouped=False)
+    assert (grouped.solver, grouped.permute, other.solver, other.permute) == ("admm", "fold", "alps", "none")
+    assert resolve("best", {"solver": "alps"}, {}).settings["alps.penalty"] == 0.3
+    grouped, other = resolve("r2-dsnot", {}, {}), resolve("r2-dsnot", {}, {}, grouped=False)
+    assert [plan.setting("dsnot.safe") for plan in (grouped, other)] == [False, True]
+    assert [plan.setting("r2.reweight") for plan in (grouped, other)] == ["both", "grow"]
+    assert resolve("r2-dsnot", {}, {"dsnot.safe": True}).setting("dsnot.safe") is True
+
+
 def test_allocation_meets_the_budget(llama: Path, ids_file: str, tmp_path: Path) -> None:
     out = prune(source(llama), Recipe("0.5", "best", allocate="error", calibration=ids_file), tmp_path / "out")
     body = manifest.read(out)
