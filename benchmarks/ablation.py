@@ -61,6 +61,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),
     "best, damping 0.003": ("best", {"settings": {"damping": 0.003}}),
     "fast, damping 0.1": ("fast", {"settings": {"damping": 0.1}}),
+    "wanda": ("wanda", {}),
+    "dsnot": ("dsnot", {}),
+    "dsnot, safe": ("dsnot", {"settings": {"dsnot.safe": True}}),
+    "r2-dsnot": ("r2-dsnot", {}),
+    **{
+        f"r2-dsnot, {'safe' if safe else 'unsafe'}, {where}": (
+            "r2-dsnot",
+            {"settings": {"dsnot.safe": safe, "r2.reweight": where}},
+        )
+        for safe in (True, False)
+        for where in ("grow", "prune", "both")
+    },
 }
 
 
