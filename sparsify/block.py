@@ -275,9 +275,10 @@ class BlockPruner:
             raise NumericsError(f"{spec.name}: {error}") from None
         stored = outcome.weight.to(self.dtypes.get(spec.parameter, weight.dtype))
         if not bool(torch.isfinite(stored).all()):
+            other = "raise --set damping" if self.plan.solver == "sparsegpt" else "use --method sparsegpt"
             raise NumericsError(
                 f"{spec.name}: weights too large for {str(stored.dtype).removeprefix('torch.')} came out; "
-                "give more calibration text (--windows) or use --method sparsegpt"
+                f"give more calibration text (--windows) or {other}"
             )
         weight.copy_(stored)
         status = outcome.status

@@ -391,10 +391,11 @@ def methods_command(
         used = [name for name in SETTINGS if plan.uses(name) or other.uses(name)]
         rows = []
         for name in used:
-            values = {str(each.setting(name)): kind for each, kind in both if each.uses(name)}
+            values = [(str(each.setting(name)), kind) for each, kind in both if each.uses(name)]
+            same = len(values) == 2 and values[0][0] == values[1][0]
             rows += [
-                (name, value, f"{kind}: {SETTINGS[name].help}" if len(values) > 1 else SETTINGS[name].help)
-                for value, kind in values.items()
+                (name, value, SETTINGS[name].help if same else f"{kind}: {SETTINGS[name].help}")
+                for value, kind in values[: 1 if same else 2]
             ]
         print_table(("setting", "value", "meaning"), rows)
         return

@@ -175,7 +175,7 @@ class Method:
         cost: what it takes, see ``COSTS``.
         paper: source.
         summary: one line for ``--help``.
-        for_groups: parts and settings that differ for N:M patterns.
+        for_groups: parts and settings that differ where the recipe's own pattern is N:M; empty once resolved.
         settings: values that differ from the defaults.
     """
 
@@ -280,7 +280,7 @@ METHODS: dict[str, Method] = {
     "best": Method(
         "alps aimed halfway at the dense model; admm and reordered inputs for N:M", "gram+", "docs/recipes.md",
         solver="alps", order="group", aim="residual", for_groups={"permute": "fold", "solver": "admm"},
-        settings=_HALFWAY | {"alps.penalty": 0.3, "alps.iterations": 24},
+        settings=_HALFWAY | {"alps.penalty": 0.4, "alps.iterations": 18},
     ),
 }  # fmt: skip
 """The table: name -> method."""
@@ -306,8 +306,8 @@ def resolve(
         _check_setting(name, setting)
     own = base.for_groups if grouped else {}
     chosen: dict[str, Any] = {**{name: value for name, value in own.items() if name in PARTS}, **given}
-    own_settings = {name: value for name, value in own.items() if name in SETTINGS}
-    plan = replace(base, **chosen, settings={**base.settings, **own_settings, **settings})
+    tuned = {name: value for name, value in own.items() if name not in PARTS}
+    plan = replace(base, **chosen, settings={**base.settings, **tuned, **settings}, for_groups={})
     plan = replace(plan, settings={name: value for name, value in plan.settings.items() if plan.uses(name)})
     for name in settings:
         if name not in plan.settings:
@@ -356,7 +356,7 @@ def _check_combination(plan: Method) -> None:
     if not own and plan.solver in ("fista", "alps"):
         raise UsageError(
             f"score {plan.score} with solver {plan.solver}: {plan.solver} chooses its mask while it solves; "
-            "use --set refit=cg for a given mask, or --set score=own"
+            "for a given mask use --set solver=none --set refit=cg or --set solver=admm, or --set score=own"
         )
     if plan.refine != "none" and own:
         raise UsageError(

@@ -35,13 +35,14 @@ from sparsify.errors import UsageError
 from sparsify.files import Staging, sha256_file, staging_folder, stamps, write_json
 from sparsify.hidden import HiddenFile, enter, file_crc32
 from sparsify.memory import peak_memory_bytes, return_freed_memory, return_large_frees
+from sparsify.methods import METHODS
 from sparsify.model import Skeleton, load_skeleton
 from sparsify.naming import Binding
 from sparsify.progress import Progress, Silent
 from sparsify.recipe import DEFAULT_CALIBRATION, Recipe
 from sparsify.source import Source
 from sparsify.survey import Survey, allocated, residual_order
-from sparsify.types import LinearSpec, Pattern, PrunedLinear, Unstructured
+from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear, Unstructured
 
 # Hidden states, in pairs of files that swap roles from block to block.
 _PRUNED = ("hidden.0", "hidden.1")
@@ -91,6 +92,11 @@ def prune(
     if recipe.plan.needs_data and recipe.calibration == DEFAULT_CALIBRATION:
         progress.notice("calibrating on Python's help texts; --calibration takes text like the model will serve")
     patterns = recipe.assign([spec for block in skeleton.linears for spec in block])
+    if METHODS[recipe.method].for_groups and len({isinstance(pattern, NofM) for pattern in patterns.values()}) > 1:
+        progress.notice(
+            f"method {recipe.method} is made of other parts for N:M than for a sparsity; all linears are pruned by "
+            f"those for the recipe's own pattern, {recipe.pattern} (--set changes them)"
+        )
     windows = _windows(source, recipe, trust_remote_code) if recipe.plan.needs_data else None
     _check_dtypes(binding, recipe)
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Reorder:
         self.patterns = patterns
         self.seed = seed
         self.tell = tell
+        # Asked for linear by linear, and the same for all of a block.
+        self._couplings = lru_cache(maxsize=1)(partial(couplings, skeleton))
 
     def shared(
         self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None], grams: Grams
@@ -103,7 +106,7 @@ class Reorder:
         pattern = self.patterns[spec.name]
         if not isinstance(pattern, NofM) or self.plan.permute in ("none", "simulate"):
             return None
-        coupling = couplings(self.skeleton, index).get(spec.name)
+        coupling = self._couplings(index).get(spec.name)
         if coupling is not None and coupling.heads is not None and coupling.heads.head_dim % pattern.m:
             if self.plan.permute != "gather":
                 self.tell(

@@ -12,7 +12,7 @@ from tests.problems import assert_exact, each_pattern, error, layer_problem, on_
 
 @pytest.mark.parametrize("rho", [0.1, 0.3])
 @each_pattern
-def test_alps_begins_as_in_the_paper(text: str, group: str, rho: float) -> None:
+def test_alps_begins_with_the_paper_s_iterations_at_any_penalty(text: str, group: str, rho: float) -> None:
     # Three iterations, up to the first change of the penalty.
     w, gram = layer_problem(7)
     pattern = pattern_of(text, group)

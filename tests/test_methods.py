@@ -17,7 +17,11 @@ from sparsify.layer import prune_layer
 from sparsify.methods import METHODS, PARTS, SETTINGS, resolve
 from sparsify.prune import prune
 from sparsify.recipe import Recipe
+from sparsify.solvers.alps import alps
+from sparsify.solvers.quadratic import Gram
 from sparsify.source import Source
+from sparsify.stats import InputStats
+from sparsify.types import parse_pattern
 from sparsify.verify import verify
 from tests import conftest
 
@@ -91,16 +95,22 @@ def test_experts_are_compared_with_nothing(
     assert sum("experts are given other tokens" in text for text in progress.texts) == 1
 
 
+@pytest.mark.parametrize(("method", "remedy"), [("sparsegpt", "--set damping"), ("admm", "--method sparsegpt")])
 def test_weights_that_the_checkpoint_cannot_hold_are_refused(
-    random_models: Callable[[str], Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    remedy: str,
+    random_models: Callable[[str], Path],
+    ids_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def grown(*args: Any, **options: Any) -> Any:
         outcome = prune_layer(*args, **options)
         return replace(outcome, weight=outcome.weight * 1e39)
 
     monkeypatch.setattr("sparsify.block.prune_layer", grown)
-    recipe = Recipe("2:4", "sparsegpt", calibration=ids_file)
-    with pytest.raises(NumericsError, match=r"q_proj: weights too large for float32.*--windows.*--method sparsegpt"):
+    recipe = Recipe("2:4", method, calibration=ids_file)
+    with pytest.raises(NumericsError, match=rf"q_proj: weights too large for float32.*--windows.*{remedy}"):
         prune(source(random_models("llama")), recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -174,9 +184,6 @@ def test_a_singular_gram_is_said(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
 def test_one_row_and_one_column(shape: tuple[int, int]) -> None:
     from sparsify.layer import prune_layer
-    from sparsify.solvers.quadratic import Gram
-    from sparsify.stats import InputStats
-    from sparsify.types import parse_pattern
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
@@ -201,16 +208,54 @@ def test_every_choice_is_used_by_a_method_or_reachable_and_every_setting_belongs
     for plan in METHODS.values():
         assert all(getattr(plan, part) in choices for part, choices in PARTS.items())
         assert all(name in SETTINGS for name in plan.settings)
+        for name, value in plan.for_groups.items():
+            assert value in PARTS[name] if name in PARTS else name in SETTINGS
+
+
+def test_the_settings_of_alps_reach_it() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 96), torch.randn(200, 96) @ torch.randn(96, 96)
+    gram, pattern = Gram(x.T @ x, 200), parse_pattern("0.5")
+    stats = InputStats(x.square().sum(dim=0), 200, gram=x.T @ x)
+    plan = resolve("best", {"aim": "own"}, {"alps.iterations": 7}, grouped=False)
+    outcome = prune_layer(weight, stats, gram, pattern, plan)
+    expected = alps(weight, gram, pattern, n_iter=7, rho=0.4)
+    assert torch.equal(outcome.weight, expected.weight)
+    assert (outcome.n_iter, outcome.status) == (7, "max_iter")
+    for changed in ({"alps.iterations": 8}, {"alps.iterations": 7, "alps.penalty": 0.1}):
+        other = prune_layer(weight, stats, gram, pattern, resolve("best", {"aim": "own"}, changed, grouped=False))
+        assert not torch.equal(outcome.weight, other.weight)
+
+
+def test_a_method_s_table_says_what_holds_for_which_pattern(cli: Callable[..., Any]) -> None:
+    lines = cli("methods", "best").stdout.splitlines()
+    assert any("alps.penalty" in line and "0.4" in line and "sparsity: " in line for line in lines)
+    assert any("admm.iterations" in line and "N:M: " in line for line in lines)
+    assert any("aim.share" in line and ": " not in line for line in lines)
+    assert any("solver" in line and "admm" in line and "N:M: " in line for line in lines)
 
 
 def test_parts_and_settings_may_differ_for_groups_unless_given() -> None:
     grouped, other = resolve("best", {}, {}), resolve("best", {}, {}, grouped=False)
     assert (grouped.solver, grouped.permute, other.solver, other.permute) == ("admm", "fold", "alps", "none")
-    assert resolve("best", {"solver": "alps"}, {}).settings["alps.penalty"] == 0.3
+    assert resolve("best", {"solver": "alps"}, {}).settings["alps.penalty"] == 0.4
     grouped, other = resolve("r2-dsnot", {}, {}), resolve("r2-dsnot", {}, {}, grouped=False)
     assert [plan.setting("dsnot.safe") for plan in (grouped, other)] == [False, True]
     assert [plan.setting("r2.reweight") for plan in (grouped, other)] == ["both", "grow"]
     assert resolve("r2-dsnot", {}, {"dsnot.safe": True}).setting("dsnot.safe") is True
+
+
+def test_patterns_of_both_kinds_are_pruned_by_the_parts_of_the_recipe_s_own(
+    llama: Path, ids_file: str, tmp_path: Path
+) -> None:
+    progress = Notices()
+    recipe = Recipe("0.5", "best", calibration=ids_file, overrides={"*.down_proj": "2:4"})
+    out = prune(source(llama), recipe, tmp_path / "mixed", progress=progress)
+    assert not verify(out)[1]
+    assert [text for text in progress.texts if "made of other parts for N:M" in text and "0.5" in text]
+    progress = Notices()
+    prune(source(llama), replace(recipe, overrides={}), tmp_path / "plain", progress=progress)
+    assert not [text for text in progress.texts if "made of other parts" in text]
 
 
 def test_allocation_meets_the_budget(llama: Path, ids_file: str, tmp_path: Path) -> None:
