@@ -126,7 +126,7 @@ def main() -> None:
         for name, (method, changes) in VARIANTS.items():
             if options.only and name not in options.only:
                 continue
-            figures = []
+            figures: list[float] = []
             for seed in options.seeds:
                 try:
                     recipe = Recipe(
