@@ -280,7 +280,7 @@ METHODS: dict[str, Method] = {
     "best": Method(
         "alps aimed halfway at the dense model; admm and reordered inputs for N:M", "gram+", "docs/recipes.md",
         solver="alps", order="group", aim="residual", for_groups={"permute": "fold", "solver": "admm"},
-        settings=_HALFWAY | {"alps.penalty": 0.4, "alps.iterations": 18},
+        settings=_HALFWAY | {"alps.penalty": 0.3, "alps.iterations": 24},
     ),
 }  # fmt: skip
 """The table: name -> method."""

@@ -219,7 +219,7 @@ def test_the_settings_of_alps_reach_it() -> None:
     stats = InputStats(x.square().sum(dim=0), 200, gram=x.T @ x)
     plan = resolve("best", {"aim": "own"}, {"alps.iterations": 7}, grouped=False)
     outcome = prune_layer(weight, stats, gram, pattern, plan)
-    expected = alps(weight, gram, pattern, n_iter=7, rho=0.4)
+    expected = alps(weight, gram, pattern, n_iter=7, rho=0.3)
     assert torch.equal(outcome.weight, expected.weight)
     assert (outcome.n_iter, outcome.status) == (7, "max_iter")
     for changed in ({"alps.iterations": 8}, {"alps.iterations": 7, "alps.penalty": 0.1}):
@@ -229,7 +229,7 @@ def test_the_settings_of_alps_reach_it() -> None:
 
 def test_a_method_s_table_says_what_holds_for_which_pattern(cli: Callable[..., Any]) -> None:
     lines = cli("methods", "best").stdout.splitlines()
-    assert any("alps.penalty" in line and "0.4" in line and "sparsity: " in line for line in lines)
+    assert any("alps.penalty" in line and "0.3" in line and "sparsity: " in line for line in lines)
     assert any("admm.iterations" in line and "N:M: " in line for line in lines)
     assert any("aim.share" in line and ": " not in line for line in lines)
     assert any("solver" in line and "admm" in line and "N:M: " in line for line in lines)
@@ -238,7 +238,7 @@ def test_a_method_s_table_says_what_holds_for_which_pattern(cli: Callable[..., A
 def test_parts_and_settings_may_differ_for_groups_unless_given() -> None:
     grouped, other = resolve("best", {}, {}), resolve("best", {}, {}, grouped=False)
     assert (grouped.solver, grouped.permute, other.solver, other.permute) == ("admm", "fold", "alps", "none")
-    assert resolve("best", {"solver": "alps"}, {}).settings["alps.penalty"] == 0.4
+    assert resolve("best", {"solver": "alps"}, {}).settings["alps.penalty"] == 0.3
     grouped, other = resolve("r2-dsnot", {}, {}), resolve("r2-dsnot", {}, {}, grouped=False)
     assert [plan.setting("dsnot.safe") for plan in (grouped, other)] == [False, True]
     assert [plan.setting("r2.reweight") for plan in (grouped, other)] == ["both", "grow"]
