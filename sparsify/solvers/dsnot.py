@@ -2,7 +2,7 @@
 
 Zhang et al., "Dynamic Sparse No Training", ICLR 2024, arXiv 2310.08915 (DSnoT). Yi and Richtárik, "Symmetric Pruning
 for Large Language Models", arXiv 2501.18980, section on training-free fine-tuning (R²-DSnoT): relative importance in
-one of the criteria and a regulariser. Both are one loop with other settings.
+one or both of the criteria and a regulariser. Both are one loop with other settings.
 """
 
 from __future__ import annotations
