@@ -13,6 +13,7 @@ import typer
 
 from sparsify import __version__
 from sparsify.errors import SparsifyError, VerificationError
+from sparsify.inform import doctor_command, methods_command
 from sparsify.options import (
     Bos,
     Calibration,
@@ -362,86 +363,8 @@ def _change(row: dict[str, Any]) -> str:
     return f"{before:.5f} → {after:.5f}"
 
 
-@app.command("methods")
-def methods_command(
-    method: Annotated[str | None, typer.Argument(help="Show one method's parts.", show_default="all")] = None,
-    json: Json = False,
-) -> None:
-    """List the methods, the parts they are made of, and every setting."""
-    from dataclasses import asdict
-
-    from sparsify.console import print_json, print_line, print_table
-    from sparsify.methods import COSTS, METHODS, PARTS, SETTINGS, resolve
-
-    if method is not None:
-        plan, other = resolve(method, {}, {}), resolve(method, {}, {}, grouped=False)
-        both = ((plan, "N:M"), (other, "sparsity"))
-        if json:
-            print_json({"method": method, "grouped": asdict(plan), "unstructured": asdict(other)})
-            return
-        print_line(f"{method}: {plan.summary}. {plan.paper}".rstrip())
-        rows = []
-        for part, meanings in PARTS.items():
-            choices = {getattr(each, part): kind for each, kind in both}
-            rows += [
-                (part, choice, f"{kind}: {meanings[choice]}" if len(choices) > 1 else meanings[choice])
-                for choice, kind in choices.items()
-            ]
-        print_table(("part", "choice", "meaning"), rows)
-        used = [name for name in SETTINGS if plan.uses(name) or other.uses(name)]
-        rows = []
-        for name in used:
-            values = [(str(each.setting(name)), kind) for each, kind in both if each.uses(name)]
-            same = len(values) == 2 and values[0][0] == values[1][0]
-            rows += [
-                (name, value, SETTINGS[name].help if same else f"{kind}: {SETTINGS[name].help}")
-                for value, kind in values[: 1 if same else 2]
-            ]
-        print_table(("setting", "value", "meaning"), rows)
-        return
-    if json:
-        print_json(
-            {
-                "methods": {name: asdict(plan) for name, plan in METHODS.items()},
-                "parts": PARTS,
-                "settings": {name: asdict(setting) for name, setting in SETTINGS.items()},
-            }
-        )
-        return
-    print_table(
-        ("method", "cost", "what it does", "paper"),
-        [(name, plan.cost, plan.summary, plan.paper) for name, plan in METHODS.items()],
-    )
-    print_line("cost: " + "; ".join(f"{name}: {text}" for name, text in COSTS.items()))
-    print_table(
-        ("--set", "choice", "meaning"),
-        [(part, choice, text) for part, choices in PARTS.items() for choice, text in choices.items()],
-    )
-    print_table(
-        ("--set", "default", "meaning", "belongs to"),
-        [(name, str(setting.default), setting.help, setting.part) for name, setting in SETTINGS.items()],
-    )
-
-
-@app.command("doctor")
-def doctor_command(json: Json = False) -> None:
-    """Say what this machine can run and what is missing."""
-    from sparsify.console import print_json, print_line, print_table
-    from sparsify.doctor import diagnose
-
-    state = diagnose()
-    if json:
-        print_json(state)
-        return
-    machine = state["machine"]
-    print_line(
-        f"{machine['cpus']} CPUs ({', '.join(machine['cpu_features']) or 'no AVX'}), "
-        f"{machine['memory_bytes'] / 1e9:.0f} GB memory, {len(machine['gpus'])} GPUs"
-    )
-    print_line(", ".join(f"{name} {value}" for name, value in state["versions"].items()))
-    print_table(
-        ("can it", "", "detail"), [(c["what"], "yes" if c["ok"] else "no", c["detail"]) for c in state["checks"]]
-    )
+app.command("methods")(methods_command)
+app.command("doctor")(doctor_command)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ class FakeSession:
         return self.of(ids)
 
     def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        raise NotImplementedError
+        raise AssertionError("measurements of logits generate nothing")
 
     def engaged(self) -> dict[str, str]:
         return {}

@@ -34,6 +34,7 @@ RANKS = [
     | {"sparsify.bench.zeroshot"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
+    {"sparsify.inform"},
     {"sparsify.cli"},
     {"sparsify.__main__"},
 ]

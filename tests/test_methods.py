@@ -183,8 +183,6 @@ def test_a_singular_gram_is_said(llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 32), (32, 1)])
 def test_one_row_and_one_column(shape: tuple[int, int]) -> None:
-    from sparsify.layer import prune_layer
-
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     x = torch.randn(200, shape[1], generator=generator)
