@@ -59,9 +59,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         for share in (0.2, 0.35, 0.7, 1.0)
     },
     "best, damping 0.1": ("best", {"settings": {"damping": 0.1}}),
-    "best, damping 0.03": ("best", {"settings": {"damping": 0.03}}),
-    "best, damping 0.003": ("best", {"settings": {"damping": 0.003}}),
-    "fast, damping 0.1": ("fast", {"settings": {"damping": 0.1}}),
     "wanda": ("wanda", {}),
     "dsnot": ("dsnot", {}),
     "dsnot, safe": ("dsnot", {"settings": {"dsnot.safe": True}}),
