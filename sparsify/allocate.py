@@ -122,6 +122,17 @@ def fitted(
                 counts[key] += grains[key]
                 missing -= grains[key]
                 taken = True
+    least = min(grains.values())
+    coarse = next((key for key in order if counts[key] + grains[key] < sizes[key]), None)
+    if missing >= least and coarse is not None:
+        # The finest can lose no more: a coarser one loses too many, and the finest keep what that is over.
+        counts[coarse] += grains[coarse]
+        over = grains[coarse] - missing
+        for key in order:
+            if grains[key] == least and over > 0:
+                back = min(-(-over // least) * least, counts[key])
+                counts[key] -= back
+                over -= back
     return {k: Fraction(count, sizes[k]) for k, count in counts.items()}
 
 

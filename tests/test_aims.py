@@ -151,6 +151,19 @@ def test_owl_meets_the_budget_and_follows_the_outliers(data: st.DataObject) -> N
     assert all(found[str(a)] >= found[str(b)] - Fraction(11, 100) for a, b in pairwise(order))
 
 
+@pytest.mark.parametrize(("grain", "least"), [(8, 1), (50, 8)])
+def test_a_budget_is_met_where_the_finest_linears_are_empty(grain: int, least: int) -> None:
+    """What is left over fits no linear: a coarse one has to lose too many and a fine one keep some."""
+    for size in range(4096, 4096 + 2 * grain):
+        sizes, grains = {"a": 1000, "b": size, "c": 1000}, {"a": least, "b": grain, "c": least}
+        sparsity = Fraction(95, 100)
+        found = fitted({"a": 0.95, "b": 0.79, "c": 0.95}, sizes, grains, sparsity, 0.16)
+        counts = {name: sizes[name] * s for name, s in found.items()}
+        assert all(0 <= s < 1 for s in found.values())
+        assert all(count.denominator == 1 and count % grains[name] == 0 for name, count in counts.items())
+        assert 0 <= int(sparsity * sum(sizes.values())) - sum(counts.values()) < least
+
+
 def test_outliers_are_those_of_the_whole_block() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(n, 32, generator=generator) * scale for n, scale in ((16, 1.0), (64, 1.0), (8, 40.0))]
