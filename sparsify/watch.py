@@ -56,26 +56,32 @@ class Watcher(ABC):
 
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = sorted(set(keys), key=repr)
+        # The calls of this pass; whether each brought a tensor of its own, not the one of the call before; and that.
         self._called: list[Key] | None = None
-        self._may_stop: bool | None = None
+        self._first: list[bool] = []
+        self._x: torch.Tensor | None = None
+        # The calls after which the last complete pass brought nothing new; None where a pass may not end early.
+        self._enough: list[Key] | None = None
+        self._uneven = False
 
     @contextmanager
     def window(self) -> Iterator[None]:
         """One forward pass, for its inputs only: from the second on it ends where the last of them has been seen.
 
-        The first pass is complete and shows whether each linear is called once, no more; where that does not hold (in
-        mixtures of experts, mostly) all are complete. Nobody asks for what the last linear would compute, a quarter of
-        a Llama block's work.
+        The first pass is complete and shows which linears share an input, and whether each is called once, no more;
+        where that does not hold (in mixtures of experts, mostly) all are complete. Nobody asks for what the last
+        linear would compute, a quarter of a Llama block's work, or for that of others with the same input.
         """
-        self._called = []
+        self._called, self._first = [], []
         try:
             yield
-            each_once = sorted(self._called, key=repr) == self._keys
-            self._may_stop = each_once and self._may_stop is not False
+            self._uneven |= sorted(self._called, key=repr) != self._keys
+            n_new = max((i for i, first in enumerate(self._first, 1) if first), default=0)
+            self._enough = None if self._uneven else self._called[:n_new]
         except _AllSeen:
             pass
         finally:
-            self._called = None
+            self._called, self._x = None, None
             self.end_of_window()
 
     def see(self, key: Key, x: torch.Tensor) -> None:
@@ -83,7 +89,10 @@ class Watcher(ABC):
         self.add(key, x)
         if self._called is not None:
             self._called.append(key)
-            if self._may_stop and len(self._called) == len(self._keys) == len(set(self._called)):
+            self._first.append(x is not self._x)
+            # Held, so that its identity cannot be a recycled address.
+            self._x = x
+            if self._called == self._enough:
                 raise _AllSeen
 
     @abstractmethod

@@ -157,6 +157,29 @@ def test_passes_for_statistics_end_at_the_last_input_and_only_where_that_is_safe
     assert passes([1, -1, 1], stop=True) == passes([1, -1, 1], stop=False)
 
 
+def test_passes_end_before_linears_whose_input_was_seen_already() -> None:
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.gate(x) * self.up(x))
+
+    block, finished = Pair(), []
+    for part in (block.gate, block.up):
+        part.register_forward_hook(lambda *_: finished.append(1))
+    specs = [LinearSpec(f"b.{part}", f"b.{part}.weight", 4, 4) for part in ("gate", "up")]
+    with collect(block, "b.", specs) as collector:
+        for i in range(3):
+            with collector.window():
+                block(torch.full((2, 4), float(i)))
+    stats = collector.result(specs)
+    assert stats["b.gate"] is stats["b.up"]
+    assert stats["b.up"].sq_norm.tolist() == [2 * (0 + 1 + 4)] * 4
+    assert len(finished) == 2
+
+
 def test_expert_statistics_are_those_of_the_routed_tokens(random_models: Callable[[str], Path], tmp_path: Path) -> None:
     folder = random_models("mixtral")
     ids = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(3))
