@@ -24,7 +24,7 @@ from provenance import commit
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HALF = {"aim.share": 0.5, "aim.residual_share": 0.5}
-# Name -> (method, parts and settings); the name of a group ends where its first word does.
+# Name -> (method, parts and settings).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsegpt": ("sparsegpt", {}),
     "sparsegpt, by group": ("sparsegpt", {"order": "group"}),

@@ -42,14 +42,15 @@ class Row:
     @property
     def name(self) -> str:
         """As given to ``--only``."""
-        parts = [f"{key}={value}" for key, value in self.changes.items()]
+        changes = {key: value for key, value in self.changes.items() if key != "settings"}
+        parts = [f"{key}={value}" for key, value in {**changes, **self.changes.get("settings", {})}.items()]
         return ":".join([self.method, self.pattern.replace(":", "/"), *parts])
 
 
-_DOWN = "they round down per row"
 # DSnoT's official code leaves the MLP's masks alone by default.
 _DSNOT = {"settings": {"dsnot.skip": "*.mlp.*"}}
 _FOLD = {"permute": "fold"}
+_SAFE = {"dsnot.safe": True}
 ROWS = [
     Row("magnitude", "0.5", "magnitude", "ties differ"),
     Row("wanda", "0.5", "Wanda (per row)"),
@@ -59,10 +60,10 @@ ROWS = [
     Row("admm", "0.5", "ADMM (Boža)", "our schedule is gradual"),
     Row("alps", "0.5", "ALPS"),
     Row("magnitude", "0.6", "magnitude", "ties differ"),
-    Row("wanda", "0.6", "Wanda", _DOWN),
+    Row("wanda", "0.6", "Wanda"),
     Row("ria", "0.6", "RIA"),
     Row("sparsegpt", "0.6", "SparseGPT"),
-    Row("dsnot", "0.6", "DSnoT from Wanda", f"MLP skipped as there; {_DOWN}", _DSNOT),
+    Row("dsnot", "0.6", "DSnoT from Wanda", "MLP skipped as there", _DSNOT),
     Row("admm", "0.6", "ADMM (Boža)", "our schedule is gradual"),
     Row("alps", "0.6", "ALPS"),
     Row("magnitude", "2:4", "magnitude", "ties differ"),
@@ -77,8 +78,12 @@ ROWS = [
     Row("ria", "2:4", changes={"permute": "gather"}),
     Row("r2-dsnot", "2:4"),
     Row("r2-dsnot", "0.6"),
+    Row("r2-dsnot", "2:4", changes={"settings": {"r2.reweight": "grow"}}),
+    Row("r2-dsnot", "2:4", changes={"settings": _SAFE | {"r2.reweight": "grow"}}),
     Row("dsnot", "2:4"),
     Row("dsnot", "0.6"),
+    Row("dsnot", "2:4", changes={"settings": _SAFE}),
+    Row("dsnot", "0.6", changes={"settings": _SAFE}),
     Row("stochria", "2:4"),
     Row("symwanda", "2:4"),
     Row("mrp", "2:4"),
@@ -87,6 +92,7 @@ ROWS = [
     Row("fistapruner", "2:4"),
     Row("fistapruner", "0.5"),
     Row("sparsegpt", "2:4", changes={"inputs": "dense"}),
+    Row("sparsegpt", "2:4", changes={"inputs": "dense", "order": "group", "aim": "dense"}),
     Row("sparsegpt", "0.5", changes={"inputs": "dense"}),
     Row("fast", "2:4"),
     Row("fast", "0.5"),
@@ -94,6 +100,10 @@ ROWS = [
     Row("best", "2:4"),
     Row("best", "0.5"),
     Row("best", "0.6"),
+    Row("best", "2:4", changes={"solver": "alps"}),
+    Row("best", "2:4", changes={"permute": "residual"}),
+    Row("best", "0.5", changes={"solver": "admm"}),
+    Row("best", "0.5", changes={"settings": {"alps.penalty": 0.4, "alps.iterations": 18}}),
 ]
 _THEIR_PATTERN = {"0.5": "50 %", "0.6": "60 %", "2:4": "2:4"}
 

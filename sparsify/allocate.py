@@ -99,11 +99,13 @@ def fitted(
         wanted: linear -> sparsity.
         sizes: linear -> weights.
         grains: linear -> a count it can lose is a multiple of this: 1, or its rows where each row loses the same.
-        sparsity: of all together: floor(``sparsity`` · total) weights go, short of that by less than the least grain.
-        spread: greatest deviation.
+        sparsity: of all together: at most floor(``sparsity`` · total) weights go, and fewer by less than the greatest
+            grain.
+        spread: greatest deviation, to a grain.
     """
     total = sum(sizes.values())
-    floor, ceiling = max(float(sparsity) - spread, 0.0), min(float(sparsity) + spread, 1 - 1 / _GRAIN)
+    floor = max(float(sparsity) - spread, 0.0)
+    ceiling = max(min(float(sparsity) + spread, 1 - 1 / _GRAIN), float(sparsity))
     low, high = -1.0, 1.0
     for _ in range(100):
         shift = (low + high) / 2
@@ -112,27 +114,11 @@ def fitted(
     exact = {k: min(max(v + low, floor), ceiling) * sizes[k] for k, v in wanted.items()}
     counts = {k: int(value) // grains[k] * grains[k] for k, value in exact.items()}
     missing = int(sparsity * total) - sum(counts.values())
-    # What rounding left over goes, a grain each in turn, to those that lost the most of theirs by it.
-    order = sorted(exact, key=lambda k: counts[k] - exact[k])
-    taken = True
-    while taken:
-        taken = False
-        for key in order:
-            if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
-                counts[key] += grains[key]
-                missing -= grains[key]
-                taken = True
-    least = min(grains.values())
-    coarse = next((key for key in order if counts[key] + grains[key] < sizes[key]), None)
-    if missing >= least and coarse is not None:
-        # The finest can lose no more: a coarser one loses too many, and the finest keep what that is over.
-        counts[coarse] += grains[coarse]
-        over = grains[coarse] - missing
-        for key in order:
-            if grains[key] == least and over > 0:
-                back = min(-(-over // least) * least, counts[key])
-                counts[key] -= back
-                over -= back
+    # What rounding left over: a grain each at most, the coarsest first, as long as it fits.
+    for key in sorted(exact, key=lambda k: (-grains[k], counts[k] - exact[k])):
+        if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
+            counts[key] += grains[key]
+            missing -= grains[key]
     return {k: Fraction(count, sizes[k]) for k, count in counts.items()}
 
 

@@ -236,7 +236,7 @@ class BlockPruner:
                         pass
         stats = collector.result(specs)
         self._check_seen(index, specs, stats)
-        if wanted.cross and any(entry.cross is None and entry.n_tokens for entry in stats.values()):
+        if wanted.drift and any(entry.drift is None and entry.n_tokens for entry in stats.values()):
             self._tell(
                 f"aim {self.plan.aim}: experts are given other tokens in the dense model; their aim is own",
                 "aim of experts",

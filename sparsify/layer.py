@@ -114,11 +114,11 @@ def target(weight: torch.Tensor, stats: InputStats | None, gram: Gram | None, pl
     The aim is ``own`` where there is nothing to compare with: no text, no token, or tokens routed otherwise than in the
     dense model; and ``dense`` where the output is added to no residual stream.
     """
-    if plan.aim == "own" or stats is None or gram is None or stats.cross is None or stats.n_tokens == 0:
+    if plan.aim == "own" or stats is None or gram is None or stats.drift is None or stats.n_tokens == 0:
         return weight, "own"
     shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == weight.shape[0] else None
     share = plan.setting("aim.residual_share") if plan.aim == "residual" else 0.0
-    moved = retarget(weight, gram, stats.cross, plan.setting("aim.share"), shift, share)
+    moved = retarget(weight, gram, stats.drift, plan.setting("aim.share"), shift, share)
     return moved, "dense" if shift is None else "residual"
 
 

@@ -126,7 +126,7 @@ SETTINGS: dict[str, Setting] = {
         ("auto", "SS", "SM", "MS", "MM"),
         help="choice of mask, then compensation; auto is MM or SM",
     ),
-    "mrp.block": Setting("solver=mrp", 0, 0, 65536, "columns solved together; 0 is a group for N:M, else 128"),
+    "mrp.block": Setting("solver=mrp", 0, 0, 65536, "columns solved together; 0 is a group for N:M, else 16"),
     "mrp.free": Setting("solver=mrp", "all", ("right", "all"), help="weights that may move: to the right, or all"),
     "fista.start": Setting("solver=fista", "sparsegpt", ("sparsegpt", "wanda", "dense"), help="warm start"),
     "fista.steps": Setting("solver=fista", 20, 0, 10000, "gradient steps a round"),

@@ -25,8 +25,8 @@ class InputStats:
         total: [in] float32, sum of x_j; None unless means were asked for.
         scatter: [in] float32, sum of (x_j - mean)^2; as ``total``.
         gram: [in, in] float32, sum of x xᵀ; None unless asked for.
-        cross: [in, in] float32, sum of d xᵀ, d the input of the same linear in the dense model; None unless asked for,
-            or where dense and pruned tokens are not the same ones (experts, to which they are routed differently).
+        drift: [in, in] float32, sum of (d − x) xᵀ, d the input of the same linear in the dense model; None unless asked
+            for, or where dense and pruned tokens are not the same ones (experts, to which they are routed differently).
         shift: [width, in] float32, sum of (e − r) xᵀ, r the residual stream that the linear's output is added to and e
             that of the dense model; None unless asked for, or where the output is added to no stream.
     """
@@ -35,7 +35,7 @@ class InputStats:
     n_tokens: int
     total: torch.Tensor | None = None
     gram: torch.Tensor | None = None
-    cross: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     scatter: torch.Tensor | None = None
 
@@ -72,7 +72,7 @@ class InputStats:
             self.n_tokens,
             None if self.total is None else self.total[perm],
             None if self.gram is None else self.gram[perm][:, perm],
-            None if self.cross is None else self.cross[perm][:, perm],
+            None if self.drift is None else self.drift[perm][:, perm],
             None if self.shift is None else self.shift[:, perm],
             None if self.scatter is None else self.scatter[perm],
         )
@@ -84,7 +84,7 @@ class Wanted:
 
     mean: bool = False
     gram: bool = False
-    cross: bool = False
+    drift: bool = False
     shift: bool = False
 
 
@@ -97,7 +97,7 @@ class Accumulator:
         self.total = torch.zeros(n_in, dtype=torch.float64, device=device) if wanted.mean else None
         # float32 like the products they sum; one of 28k x 28k is 3 GB as it is.
         self.gram = torch.zeros(n_in, n_in, device=device) if wanted.gram else None
-        self.cross = torch.zeros(n_in, n_in, device=device) if wanted.cross else None
+        self.drift = torch.zeros(n_in, n_in, device=device) if wanted.drift else None
         self.shift: torch.Tensor | None = None
         self.n_tokens = 0
 
@@ -121,11 +121,12 @@ class Accumulator:
             width = -(-self.gram.shape[0] // _PANELS)
             for a in range(0, self.gram.shape[0], width):
                 self.gram[a : a + width, a:].addmm_(tokens[:, a : a + width].t(), tokens[:, a:])
-        if self.cross is not None:
+        if self.drift is not None:
             if dense is None or dense.shape != x.shape:
-                self.cross = None
+                self.drift = None
             else:
-                self.cross.addmm_(dense.reshape(tokens.shape).float().t(), tokens)
+                # The difference first: Σ d xᵀ − Σ x xᵀ would lose its digits to a few very large activations.
+                self.drift.addmm_((dense.reshape(tokens.shape).float() - tokens).t(), tokens)
         if shift is not None:
             shift = shift.reshape(len(tokens), -1).float()
             if self.shift is None:
@@ -152,4 +153,4 @@ class Accumulator:
         if self.gram is not None:
             self.gram = self.gram.triu_()
             self.gram += self.gram.triu(1).t()
-        return InputStats(sq_norm, self.n_tokens, total, self.gram, self.cross, self.shift, scatter)
+        return InputStats(sq_norm, self.n_tokens, total, self.gram, self.drift, self.shift, scatter)

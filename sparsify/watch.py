@@ -140,7 +140,7 @@ class Collector(Watcher):
     Args:
         keys: every linear whose input is wanted.
         wanted: which sums.
-        dense: the inputs of the same linears in the dense model, pass by pass, where ``wanted.cross``.
+        dense: the inputs of the same linears in the dense model, pass by pass, where ``wanted.drift``.
         places: parameter name -> where the residual stream is that the linear's output is added to.
         length: tokens of a window. Inputs of fewer are a selection of tokens, which the dense model makes otherwise
             (it routes other tokens to an expert), so there is nothing to compare them with.
@@ -307,7 +307,7 @@ def collect(
         prefix: its full name with a trailing dot, ``model.layers.0.``.
         specs: its linears.
         wanted: which sums, beside the squares.
-        dense: what the same linears see in the dense model, for ``wanted.cross``.
+        dense: what the same linears see in the dense model, for ``wanted.drift``.
         places: as in ``Collector``, for ``wanted.shift``.
         length: as in ``Collector``.
     """

@@ -177,7 +177,7 @@ def test_dense_targets_are_the_paper_s_problem_up_to_a_constant() -> None:
     dense, w = activations(9, 12, 80), weights(9, 6, 12)
     seen = dense + 0.3 * torch.randn(80, 12, generator=torch.Generator().manual_seed(1)).double()
     gram = gram_of(seen, damping=0.0)
-    aim = retarget(w, gram, (dense.t() @ seen).float())
+    aim = retarget(w, gram, ((dense - seen).t() @ seen).float())
     torch.testing.assert_close(aim.double() @ (seen.t() @ seen), w.double() @ (dense.t() @ seen), rtol=1e-4, atol=1e-2)
 
     def wanted(v: torch.Tensor) -> float:

@@ -133,7 +133,7 @@ def test_right_only_chooses_unstructured_masks_as_defined(block: int | None, n_i
     w, gram = problem(0, 4, n_in, 2 * n_in)
     solution = mrp(w, gram, HALF, block=block, free="right", group=group)
     keep = solution.keep.numpy()
-    expected = naive_right_only(array(w), array(gram.damped), keep, block or 128, shares(HALF, group))
+    expected = naive_right_only(array(w), array(gram.damped), keep, block or 16, shares(HALF, group))
     assert gap(solution.weight, expected, gram, w) < CLOSE
 
 

@@ -26,7 +26,10 @@ from sparsify.types import MAX_MASKS, NofM, Pattern, check_enumerable, n_masks
 
 VARIANTS = ("auto", "SS", "SM", "MS", "MM")
 FREE = ("right", "all")
-BLOCK = 128
+# Columns whose mask is chosen together where the pattern has no groups: the scores of few count on few others.
+BLOCK = 16
+# Columns that narrow blocks pass their updates on to one by one, before one matrix product passes them to the rest.
+_PANEL = 128
 _BUDGET = 1 << 28
 
 
@@ -48,8 +51,8 @@ def mrp(
         gram: inputs, with damping.
         pattern: what to keep. M masks exist for N:M only.
         variant: one of ``VARIANTS``; ``auto`` is MM where the masks of a group can be enumerated, else SM.
-        block: columns whose mask is chosen and compensated together; by default a group for N:M (the best masks), 128
-            for unstructured.
+        block: columns whose mask is chosen and compensated together; by default a group for N:M, 16 for unstructured:
+            narrow blocks choose the better masks.
         free: ``right`` updates the columns from the current block on, as SparseGPT does; ``all`` then solves once
             more for every kept weight from the dense ones, which is the optimum for the mask.
         keep: a given mask; only the weights are then solved for.
@@ -95,8 +98,7 @@ def _right_only(
     mask = torch.ones_like(work, dtype=torch.bool) if keep is None else keep
     m = pattern.m if isinstance(pattern, NofM) else 1
     width = max((block or (m if m > 1 else BLOCK)) // m, 1) * m
-    # Narrow blocks reach only each other before their updates are passed on as one matrix product.
-    panel = max(BLOCK // width, 1) * width
+    panel = max(_PANEL // width, 1) * width
     for first in range(0, n_in, panel):
         last = min(first + panel, n_in)
         errors = torch.empty(len(work), last - first, device=work.device)

@@ -179,7 +179,7 @@ class Gram:
 def retarget(
     weight: torch.Tensor,
     gram: Gram,
-    cross: torch.Tensor,
+    drift: torch.Tensor,
     share: float = 1.0,
     shift: torch.Tensor | None = None,
     shift_share: float = 1.0,
@@ -187,9 +187,9 @@ def retarget(
     """The dense weights that bring the dense model's output about from the inputs the pruned model has.
 
     With X the inputs seen, D those of the dense model, R and E the residual streams that the output is added to in
-    either, A = XᵀX damped and C = DᵀX,
+    either, and A = XᵀX damped,
 
-        T = W + (share · W (C − XᵀX) + shift_share · (E − R)ᵀX) A⁻¹
+        T = W + (share · W (D − X)ᵀX + shift_share · (E − R)ᵀX) A⁻¹
 
     minimises ||X Tᵀ − (X + share (D − X)) Wᵀ − shift_share (E − R)||² plus the damping times ||T − W||². Minimising
     tr((V − T) A (V − T)ᵀ) over V is then the same as minimising the error against that target, up to a constant, so
@@ -198,7 +198,7 @@ def retarget(
     Args:
         weight: [out, in], W.
         gram: of the inputs seen.
-        cross: [in, in], C.
+        drift: [in, in], (D − X)ᵀX.
         share: how far targets move from the output on the inputs seen (0) to the dense output (1).
         shift: [out, in], (E − R)ᵀX, where the linear writes to the residual stream.
         shift_share: the share of the stream's error so far that this linear should make up for.
@@ -209,7 +209,7 @@ def retarget(
     Raises:
         NumericsError: A is singular in spite of damping.
     """
-    moved = share * (weight.float() @ (cross - gram.matrix))
+    moved = share * (weight.float() @ drift)
     if shift is not None:
         moved += shift_share * shift
     return weight.float() + (moved.double() @ gram.inverse).float()

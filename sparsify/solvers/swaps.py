@@ -54,8 +54,9 @@ def swaps(
             change, i, j = _best_in_group(w, lose, gain, matrix, pattern.m)
         else:
             change, i, j = _best_pair(w, lose, gain, matrix, candidates)
-        # Below rounding, an improvement may be none: without this the same two could swap for ever.
-        whole = (w.square() * diagonal).sum(dim=1)
+        # Below rounding, an improvement may be none: without this the same two could swap for ever. The sums that
+        # are rounded are of removed weights; a loud input that is kept says nothing about them.
+        whole = square.masked_fill(on, 0).sum(dim=1)
         better = change < -1e-6 * whole
         active, i, j = active[better], i[better], j[better]
         if not len(active):
