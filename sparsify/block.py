@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -200,11 +201,12 @@ class BlockPruner:
         wanted = Wanted(self.plan.needs_mean, self.plan.needs_gram, self.plan.aim != "own", self.plan.aim == "residual")
         prefix = self.skeleton.prefix(index)
         run = streams.calls.run
+        n_windows = streams.pruned[0].layout.n_windows
         places = {spec.parameter: places[spec.parameter] for spec in specs if spec.parameter in places}
         if reference is None:
             with collect(block, prefix, specs, wanted) as collector:
-                for hidden in streams.pruned[0].windows(self.device):
-                    with collector.window():
+                for i, hidden in enumerate(streams.pruned[0].windows(self.device), 1):
+                    with collector.window(whole=i == n_windows):
                         run(block, index, hidden)
                     self.progress.advance()
         else:
@@ -216,15 +218,14 @@ class BlockPruner:
             ):
 
                 def passes() -> Iterator[torch.Tensor]:
-                    for hidden, entering in zip(
-                        streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True
-                    ):
+                    windows = zip(streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True)
+                    for i, (hidden, entering) in enumerate(windows, 1):
                         tape.rewind()
                         output = entering
                         # What leaves the block takes a complete pass, the inputs of its linears alone a shorter one.
-                        with nullcontext() if leaving is not None else tape.window():
+                        with nullcontext() if leaving is not None else tape.window(whole=i == n_windows):
                             output = run(reference, index, entering)
-                        with collector.window():
+                        with collector.window(whole=i == n_windows):
                             run(block, index, hidden)
                         self.progress.advance()
                         yield output
@@ -284,8 +285,17 @@ class BlockPruner:
         status = outcome.status
         if stats is not None and stats.n_tokens == 0:
             status = "fallback: no calibration token came here, all inputs counted as equal"
-        elif status.startswith("fallback"):
-            self._tell(f"{spec.name}: {status} (and so where the manifest says it)", status.partition(",")[0])
+        elif stats is not None and not bool(stats.sq_norm.any()):
+            status = "fallback: its inputs are always 0, all counted as equal"
+        if status.startswith("fallback") and (stats is None or stats.n_tokens):
+            self._tell(f"{spec.name}: {status} (and so where the manifest says it)", re.sub(r"\d+", "", status)[:40])
+        # Where the number of iterations is the method's own, as of ADMM, or was chosen, ending there is no news.
+        if "max_iter" in status and self.plan.solver == "alps" and "alps.iterations" not in self.plan.settings:
+            self._tell(
+                f"{spec.name}: alps had not settled after {outcome.n_iter} iterations (and so where the manifest says "
+                f"max_iter); --set alps.iterations={2 * outcome.n_iter} gives it more",
+                "max_iter",
+            )
         return PrunedLinear(
             name=spec.name,
             shape=(spec.out_features, spec.in_features),

@@ -41,6 +41,10 @@ class NumericsError(SparsifyError):
     exit_code = 6
 
 
+class SingularError(NumericsError):
+    """A system of equations without a stable solution; more damping gives it one."""
+
+
 class MissingExtraError(SparsifyError):
     """An optional package is needed and absent; the message holds the command that installs it."""
 

@@ -30,7 +30,7 @@ class Grams:
         self._made: dict[int, tuple[InputStats, Gram]] = {}
 
     def of(self, stats: InputStats | None, name: str) -> Gram | None:
-        """The matrix, None where none was collected; without a token all inputs count the same.
+        """The matrix, None where none was collected; without a token, or with zeros only, all inputs count the same.
 
         Raises:
             NumericsError: NaN or Inf in it.
@@ -39,7 +39,7 @@ class Grams:
             return None
         if id(stats) not in self._made:
             matrix = stats.gram
-            if stats.n_tokens == 0:
+            if not bool(stats.sq_norm.any()):
                 matrix = torch.eye(len(matrix), device=matrix.device)
             elif self.tell is not None and stats.n_tokens < _TOKENS_PER_CHANNEL * len(matrix):
                 wanted = -(-10 * len(matrix) // self.length)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from sparsify.errors import SingularError
 from sparsify.masks import keep_mask
 from sparsify.methods import Method
 from sparsify.scores import SCORES
@@ -24,6 +25,8 @@ from sparsify.solvers.swaps import swaps
 from sparsify.stats import InputStats
 from sparsify.types import Pattern
 
+_MOST_DAMPING = 1.0
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -35,7 +38,7 @@ class Outcome:
             aimed at; by the Gram matrix, None without.
         objective: the same for the weights returned.
         n_iter: iterations of solver and refinement together; 0 where nothing iterates.
-        status: ``exact`` (a direct method), ``converged``, ``max_iter``, or what was done instead.
+        status: ``exact`` (a direct method), ``converged``, ``max_iter``, or what was done instead (``fallback: ...``).
     """
 
     weight: torch.Tensor
@@ -66,10 +69,37 @@ def prune_layer(
         seed: of random scores.
         length: tokens of a calibration window, the unit of DSnoT's threshold.
 
+    A system that is singular though the Gram matrix is not is solved with more damping, and the status says so.
+
     Raises:
         NumericsError: NaN in a score, or a Gram matrix that stays singular.
         UsageError: a pattern that the method cannot do.
     """
+    damping = None
+    while True:
+        try:
+            outcome = _pruned(weight, stats, gram, pattern, plan, seed, length)
+        except SingularError as error:
+            assert gram is not None
+            damping = 10 * max(gram.damping_used, 1e-7)
+            if damping > _MOST_DAMPING:
+                raise
+            reason, gram = error, Gram(gram.matrix, gram.n_tokens, damping)
+        else:
+            if damping is None:
+                return outcome
+            return replace(outcome, status=f"fallback: damping raised to {damping:g}, {reason}; {outcome.status}")
+
+
+def _pruned(
+    weight: torch.Tensor,
+    stats: InputStats | None,
+    gram: Gram | None,
+    pattern: Pattern,
+    plan: Method,
+    seed: int,
+    length: int,
+) -> Outcome:
     group = plan.group
     keep, n_iter, statuses = None, 0, []
     if plan.score != "own":
@@ -98,6 +128,9 @@ def prune_layer(
         solved = solution.weight
     if gram is None:
         return Outcome(solved, None, None, n_iter, _summary(statuses))
+    dead = int(gram.dead.sum())
+    if dead and (plan.solver != "none" or plan.refit != "none"):
+        statuses.append(f"fallback: {dead} of {gram.n_in} inputs are always 0, so are their weights now")
     if gram.damping_used != gram.damping:
         statuses.append(f"fallback: damping raised to {gram.damping_used:g}, the inputs' Gram matrix was singular")
     whole = value(weight, gram.matrix)
@@ -141,9 +174,9 @@ def seed_of(name: str, seed: int) -> int:
 
 
 def _summary(statuses: list[str]) -> str:
-    special = [status for status in statuses if status not in ("exact", "converged", "max_iter")]
-    if special:
-        return "; ".join(dict.fromkeys(special))
+    special = [status for status in statuses if status not in ("exact", "converged")]
+    if special and special != ["max_iter"]:
+        return "; ".join(dict.fromkeys(sorted(special, key="max_iter".__eq__)))
     return next((status for status in ("max_iter", "converged") if status in statuses), "exact")
 
 

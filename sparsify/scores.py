@@ -73,11 +73,11 @@ def stochria(
     generator = torch.Generator().manual_seed(seed)
     some_rows = torch.randperm(n_out, generator=generator)[:tau].to(weight.device)
     some_columns = torch.randperm(n_in, generator=generator)[:tau].to(weight.device)
-    columns = weight[some_rows].float().abs().sum(dim=0, keepdim=True).mul_(n_out / tau)
-    rows = weight[:, some_columns].float().abs().sum(dim=1, keepdim=True).mul_(n_in / tau)
-    # One multiplication by the sum of two vectors, where RIA divides the whole weight twice.
-    relative = _reciprocal(columns) + _reciprocal(rows)
-    return relative.mul_(weight.float().abs()).mul_(stats.rms**exponent)
+    columns = weight.index_select(0, some_rows).float().abs().sum(dim=0, keepdim=True).mul_(n_out / tau)
+    rows = weight.index_select(1, some_columns).float().abs().sum(dim=1, keepdim=True).mul_(n_in / tau)
+    # Three passes over the weight, where RIA takes seven: sums and quotients are of vectors.
+    norm = stats.rms**exponent
+    return torch.addcmul(_reciprocal(columns) * norm, _reciprocal(rows), norm).mul_(weight).abs_()
 
 
 def symwanda(
@@ -129,11 +129,11 @@ def symwanda(
 def output_norms(weight: torch.Tensor, stats: InputStats) -> torch.Tensor:
     """[out] float32: root mean square of each output over the calibration tokens, from the inputs' Gram matrix.
 
-    Ones where no token arrived, as for the inputs: zeros would make all scores equal.
+    Ones where nothing but zeros arrived, as for the inputs: zeros would make all scores equal.
     """
     if stats.gram is None:
         raise ValueError("output norms need the Gram matrix")
-    if stats.n_tokens == 0:
+    if not bool(stats.sq_norm.any()):
         return torch.ones(len(weight), device=weight.device)
     energy = (weight.float() @ stats.gram).mul_(weight).sum(dim=1)
     norms: torch.Tensor

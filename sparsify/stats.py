@@ -43,9 +43,10 @@ class InputStats:
     def rms(self) -> torch.Tensor:
         """[in] float32: sqrt(sq_norm / n_tokens).
 
-        Ones where no token arrived (an expert that was never routed to): without data, every input counts the same.
+        Ones where no token arrived (an expert that was never routed to) or nothing but zeros did: without data, every
+        input counts the same.
         """
-        if self.n_tokens == 0:
+        if not bool(self.sq_norm.any()):
             return torch.ones_like(self.sq_norm)
         return (self.sq_norm / self.n_tokens).sqrt()
 

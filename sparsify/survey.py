@@ -76,8 +76,8 @@ class Survey:
             block = self.binding.load_block(index, self.dtype, device)
             if specs:
                 with collect(block, skeleton.prefix(index), specs, wanted) as collector:
-                    for hidden in files[index % 2].windows(device):
-                        with collector.window():
+                    for i, hidden in enumerate(files[index % 2].windows(device), 1):
+                        with collector.window(whole=i == len(self.ids)):
                             calls.run(block, index, hidden)
                         self.progress.advance()
                 stats = collector.result(specs)

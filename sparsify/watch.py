@@ -39,8 +39,8 @@ class _FusedExperts(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _AllSeen(Exception):
-    """Leaves a forward pass whose remaining results nobody needs."""
+class _AllSeen(BaseException):
+    """Leaves a forward pass whose remaining results nobody needs; no Exception, which a block might catch."""
 
 
 Key = tuple[str, int | None]
@@ -65,23 +65,25 @@ class Watcher(ABC):
         self._uneven = False
 
     @contextmanager
-    def window(self) -> Iterator[None]:
+    def window(self, *, whole: bool = False) -> Iterator[None]:
         """One forward pass, for its inputs only: from the second on it ends where the last of them has been seen.
 
         The first pass is complete and shows which linears share an input, and whether each is called once, no more;
         where that does not hold (in mixtures of experts, mostly) all are complete. Nobody asks for what the last
-        linear would compute, a quarter of a Llama block's work, or for that of others with the same input.
+        linear would compute, a quarter of a Llama block's work, or for that of others with the same input. A pass
+        that is ``whole`` goes to the end: the last one, to see that it is still so.
         """
+        enough, self._enough = self._enough, None if whole else self._enough
         self._called, self._first = [], []
         try:
             yield
             self._uneven |= sorted(self._called, key=repr) != self._keys
             n_new = max((i for i, first in enumerate(self._first, 1) if first), default=0)
-            self._enough = None if self._uneven else self._called[:n_new]
+            enough = None if self._uneven else self._called[:n_new]
         except _AllSeen:
             pass
         finally:
-            self._called, self._x = None, None
+            self._called, self._x, self._enough = None, None, enough
             self.end_of_window()
 
     def see(self, key: Key, x: torch.Tensor) -> None:

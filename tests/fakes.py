@@ -1,4 +1,4 @@
-"""A session whose logits are a function of the ids, for measurements that need no model."""
+"""Stand-ins: a session whose logits are a function of the ids, and progress that keeps what it is told."""
 
 from collections.abc import Callable
 from typing import Self
@@ -30,3 +30,20 @@ class FakeSession:
 
     def engaged(self) -> dict[str, str]:
         return {}
+
+
+class Notices:
+    """Progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.total = self.done = 0
+
+    def stage(self, name: str, total: int) -> None:
+        self.total, self.done = total, 0
+
+    def advance(self, steps: int = 1) -> None:
+        self.done += steps
+
+    def notice(self, text: str) -> None:
+        self.texts.append(text)

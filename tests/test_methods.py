@@ -24,23 +24,7 @@ from sparsify.stats import InputStats
 from sparsify.types import parse_pattern
 from sparsify.verify import verify
 from tests import conftest
-
-
-class Notices:
-    """Progress that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.total = self.done = 0
-
-    def stage(self, name: str, total: int) -> None:
-        self.total, self.done = total, 0
-
-    def advance(self, steps: int = 1) -> None:
-        self.done += steps
-
-    def notice(self, text: str) -> None:
-        self.texts.append(text)
+from tests.fakes import Notices
 
 
 def source(folder: Path) -> Source:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from sparsify.checkpoint import CheckpointReader
+from sparsify.errors import ModelError
 from sparsify.hidden import enter, file_crc32
 from sparsify.model import FAMILIES, load_skeleton, weight_view
 from sparsify.naming import Binding
@@ -178,6 +179,47 @@ def test_passes_end_before_linears_whose_input_was_seen_already() -> None:
     assert stats["b.gate"] is stats["b.up"]
     assert stats["b.up"].sq_norm.tolist() == [2 * (0 + 1 + 4)] * 4
     assert len(finished) == 2
+
+
+def test_inputs_that_are_shared_in_some_passes_only_are_refused() -> None:
+    class Sometimes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.a(x) + self.b(x if x[0, 0] < 2 else 10 * x))
+
+    block = Sometimes()
+    specs = [LinearSpec(f"b.{part}", f"b.{part}.weight", 4, 4) for part in ("a", "b")]
+    with collect(block, "b.", specs) as collector:
+        for _ in range(2):
+            with collector.window():
+                block(torch.ones(2, 4))
+        wanted = r"b\.b\.weight: shares its input with another linear in some calls only"
+        with pytest.raises(ModelError, match=wanted), collector.window(whole=True):
+            block(torch.full((2, 4), 5.0))
+
+
+def test_a_pass_ends_early_in_a_block_that_catches_exceptions_too() -> None:
+    class Careful(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            try:
+                return torch.as_tensor(self.a(x))
+            except Exception:
+                return torch.as_tensor(self.a(x + 1))
+
+    block = Careful()
+    specs = [LinearSpec("b.a", "b.a.weight", 4, 4)]
+    with collect(block, "b.", specs) as collector:
+        for _ in range(3):
+            with collector.window():
+                block(torch.ones(2, 4))
+    assert collector.result(specs)["b.a"].n_tokens == 6
 
 
 def test_expert_statistics_are_those_of_the_routed_tokens(random_models: Callable[[str], Path], tmp_path: Path) -> None:

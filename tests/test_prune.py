@@ -22,6 +22,7 @@ from sparsify.source import Source
 from sparsify.stats import InputStats
 from sparsify.types import parse_pattern
 from tests import conftest
+from tests.fakes import Notices
 
 
 def source(folder: Path) -> Source:
@@ -199,21 +200,14 @@ def test_width_that_m_does_not_divide(llama: Path, tmp_path: Path, ids_file: str
 def test_unrouted_experts_are_reported(random_models: Callable[[str], Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    texts: list[str] = []
-
-    class Notices:
-        def stage(self, name: str, total: int) -> None: ...
-        def advance(self, steps: int = 1) -> None: ...
-        def notice(self, text: str) -> None:
-            texts.append(text)
-
+    progress = Notices()
     save_file({"ids": torch.tensor([[5, 6]])}, tmp_path / "few.safetensors")
     recipe = Recipe("2:4", "wanda", calibration=f"{tmp_path}/few.safetensors:ids")
-    body = manifest.read(prune(source(random_models("olmoe")), recipe, tmp_path / "out", progress=Notices()))
+    body = manifest.read(prune(source(random_models("olmoe")), recipe, tmp_path / "out", progress=progress))
     unseen = [row for row in body["linears"] if row["n_tokens"] == 0]
     assert unseen
     assert all(row["zeros"] * 2 == math.prod(row["shape"]) for row in unseen)
-    assert any("saw no calibration token" in text for text in texts)
+    assert any("saw no calibration token" in text for text in progress.texts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -39,6 +39,7 @@ from tests.coupled import (
     unfolded,
     weight_of,
 )
+from tests.fakes import Notices
 
 SOLVED = [(name, "alps") for name in ("llama", "qwen2", "phi3", "opt", "gpt2", "olmoe")] + [("llama", "fistapruner")]
 
@@ -266,16 +267,6 @@ def test_unknown_architectures_are_pruned_in_the_order_they_have(
     reader = CheckpointReader(plain)
     for name, value in CheckpointReader(folded).read(reader.tensors):
         assert torch.equal(value, dict(reader.read([name]))[name])
-
-
-class Notices:
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def stage(self, name: str, total: int) -> None: ...
-    def advance(self, steps: int = 1) -> None: ...
-    def notice(self, text: str) -> None:
-        self.texts.append(text)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsify.errors import NumericsError
+from sparsify.errors import SingularError
 from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.solvers.refit import refit
 
@@ -29,7 +29,7 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
             (``refit``, run to 1e-7), and the status says so.
 
     Raises:
-        NumericsError: a row's system is singular in spite of damping.
+        SingularError: a row's system is singular in spite of damping.
     """
     most = int(keep.sum(dim=1).max()) if keep.numel() else 0
     if most == 0:
@@ -54,7 +54,7 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
             factor, info = torch.linalg.cholesky_ex(_system(gram.damped, index, valid).double())
             if bool(info.any()):
                 row = start + int(info.nonzero()[0])
-                raise NumericsError(f"row {row}: the system of its kept weights is singular; raise damping")
+                raise SingularError(f"the system of the kept weights of row {row} is singular")
         solved = torch.cholesky_solve(right.to(factor.dtype), factor).squeeze(2).float()
         result[part].scatter_add_(1, index, solved.mul_(valid))
     return Solution(result, keep)

@@ -17,7 +17,7 @@ from itertools import combinations
 
 import torch
 
-from sparsify.errors import NumericsError, UsageError
+from sparsify.errors import NumericsError, SingularError, UsageError
 from sparsify.masks import keep_mask
 from sparsify.solvers.exact import exact
 from sparsify.solvers.quadratic import Gram, Solution
@@ -62,6 +62,7 @@ def mrp(
         UsageError: an unknown variant or ``free``, an M mask for an unstructured pattern or one with too many
             candidates, or a width that M does not divide.
         NumericsError: G is singular in spite of damping, or a NaN among the weights.
+        SingularError: a system of some rows or groups is, though G is not.
     """
     if variant not in VARIANTS:
         raise UsageError(f"mrp variant {variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
@@ -153,7 +154,7 @@ def _padded(inverse: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
 
 def _refuse_singular(info: torch.Tensor) -> None:
     if bool(info.any()):
-        raise NumericsError("the inputs of a block of columns are linearly dependent up to rounding; raise damping")
+        raise SingularError("inputs of a block of columns are linearly dependent up to rounding")
 
 
 def best_masks(part: torch.Tensor, inverse: torch.Tensor, pattern: NofM) -> torch.Tensor:
@@ -168,7 +169,8 @@ def best_masks(part: torch.Tensor, inverse: torch.Tensor, pattern: NofM) -> torc
         pattern: N:M.
 
     Raises:
-        NumericsError: the corner is singular, or a NaN among the weights.
+        NumericsError: a NaN among the weights.
+        SingularError: the corner is singular.
         UsageError: M does not divide the width.
     """
     m = pattern.m
