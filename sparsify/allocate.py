@@ -114,11 +114,16 @@ def fitted(
     exact = {k: min(max(v + low, floor), ceiling) * sizes[k] for k, v in wanted.items()}
     counts = {k: int(value) // grains[k] * grains[k] for k, value in exact.items()}
     missing = int(sparsity * total) - sum(counts.values())
-    # What rounding left over: a grain each at most, the coarsest first, as long as it fits.
-    for key in sorted(exact, key=lambda k: (-grains[k], counts[k] - exact[k])):
-        if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
-            counts[key] += grains[key]
-            missing -= grains[key]
+    # What rounding left over: a grain each, the coarsest first, as long as it fits; more where others are full.
+    order = sorted(exact, key=lambda k: (-grains[k], counts[k] - exact[k]))
+    given = True
+    while given and missing >= max(grains.values()):
+        given = False
+        for key in order:
+            if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
+                counts[key] += grains[key]
+                missing -= grains[key]
+                given = True
     return {k: Fraction(count, sizes[k]) for k, count in counts.items()}
 
 

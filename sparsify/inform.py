@@ -21,7 +21,7 @@ def methods_command(
 
     if method is not None:
         plan, other = resolve(method, {}, {}), resolve(method, {}, {}, grouped=False)
-        both = ((plan, "N:M"), (other, "sparsity"))
+        both = ((plan, "N:M"), (other, "unstructured"))
         if json:
             print_json({"method": method, "grouped": asdict(plan), "unstructured": asdict(other)})
             return

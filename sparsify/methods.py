@@ -102,7 +102,10 @@ SETTINGS: dict[str, Setting] = {
     "symwanda.norms": Setting(
         "score=symwanda", "both", ("input", "output", "both", "squared", "weights", "lp"), help="which norms count"
     ),
-    "symwanda.output": Setting("score=symwanda", 1.0, 0, 100, "weight of output norms, both kinds having mean 1"),
+    "symwanda.output": Setting("score=symwanda", 1.0, 0, 1e9, "weight of output norms"),
+    "symwanda.units": Setting(
+        "score=symwanda", "mean", ("mean", "raw"), help="both norms divided by their means, or not"
+    ),
     "symwanda.p": Setting("score=symwanda", 1.0, 0, 64, "order of the norm in lp; 0 counts non-zeros"),
     "symwanda.strategy": Setting("score=symwanda", 1, 1, 4, "how lp norms enter, S1 to S4"),
     "symwanda.exponent": Setting("score=symwanda", 0.5, 0, 4, "power of the input norm in lp"),
@@ -141,7 +144,7 @@ SETTINGS: dict[str, Setting] = {
     "aim.residual_share": Setting("aim=residual", 1.0, 0, 1, "share of the residual stream's error to make up for"),
     "owl.outlier": Setting("allocate=owl", 5.0, 1, 1000, "an outlier is this many times the mean"),
     "owl.spread": Setting("allocate=owl", 0.08, 0, 0.5, "half the range of sparsities over blocks"),
-    "error.spread": Setting("allocate=error", 0.15, 0, 0.5, "greatest deviation from the mean sparsity"),
+    "error.spread": Setting("allocate=error", 0.15, 0.001, 0.5, "greatest deviation from the mean sparsity"),
 }
 """Every setting by name; ``--set NAME=VALUE``, or the key ``settings`` of a recipe file."""
 
@@ -150,6 +153,7 @@ SETTINGS: dict[str, Setting] = {
 _NEEDS: dict[str, tuple[str, tuple[Scalar, ...]]] = {
     "symwanda.output": ("symwanda.norms", ("both", "squared")),
     "symwanda.p": ("symwanda.norms", ("lp",)),
+    "symwanda.units": ("symwanda.norms", ("both", "squared")),
     "symwanda.strategy": ("symwanda.norms", ("lp",)),
     "symwanda.exponent": ("symwanda.norms", ("lp",)),
     "mrp.block": ("mrp.variant", ("auto", "SM", "MS", "MM")),
@@ -205,7 +209,8 @@ class Method:
         if part == "solving":
             # ADMM has a regulariser of its own; targets, and what a weight is worth to a solver, do not.
             damped = self.solver not in ("none", "admm") or self.refit != "none" or self.allocate == "error"
-            return damped or (self.solver == "admm" and (self.aim != "own" or self.permute != "none"))
+            worth = self.permute != "none" and self.score == "own"
+            return damped or (self.solver == "admm" and (self.aim != "own" or worth))
         return getattr(self, part) in values.split("|") if values else getattr(self, part) != "none"
 
     @property
@@ -359,8 +364,10 @@ def _check_combination(plan: Method) -> None:
             "for a given mask use --set solver=none --set refit=cg or --set solver=admm, or --set score=own"
         )
     if plan.refine != "none" and own:
+        other = " --set solver=admm" if plan.solver in ("fista", "alps") else ""
         raise UsageError(
-            f"refine {plan.refine} with solver {plan.solver}: it needs the mask of a score; add --set score=wanda"
+            f"refine {plan.refine} with solver {plan.solver}: it needs the mask of a score; "
+            f"add --set score=wanda{other}"
         )
     if plan.aim != "own" and plan.solver == "none" and plan.refit == "none":
         raise UsageError(f"aim {plan.aim} without solver and refit: weights stay, whatever the aim; add --set refit=cg")
@@ -383,6 +390,16 @@ def _check_combination(plan: Method) -> None:
     for name, (other, values) in _NEEDS.items():
         if name in plan.settings and plan.setting(other) not in values:
             raise UsageError(f"setting {name} has no effect with {other} {plan.setting(other)}")
+    if plan.solver == "mrp" and not own:
+        if plan.setting("mrp.variant") in ("MS", "MM"):
+            raise UsageError(
+                f"mrp.variant {plan.setting('mrp.variant')} with score {plan.score}: the mask is chosen already; "
+                "use SS or SM, or --set score=own"
+            )
+        if "mrp.block" in plan.settings and plan.setting("mrp.free") == "all":
+            raise UsageError("setting mrp.block has no effect with a given mask and mrp.free all")
+    if "r2.norm" in plan.settings and not (plan.setting("r2.gamma_grow") or plan.setting("r2.gamma_prune")):
+        raise UsageError("setting r2.norm has no effect without r2.gamma_grow or r2.gamma_prune")
     simultaneous = plan.solver == "mrp" and plan.setting("mrp.variant") not in ("SS", "MS")
     if plan.refit != "none" and simultaneous and plan.setting("mrp.free") == "all":
         raise UsageError("refit with solver mrp: mrp.free all is the least squares optimum already; drop --set refit")

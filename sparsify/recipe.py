@@ -93,6 +93,11 @@ class Recipe:
     def _check_patterns(self, patterns: list[Pattern]) -> None:
         plan = self.plan
         grouped = [isinstance(pattern, NofM) for pattern in patterns]
+        if self.group is not None and all(grouped):
+            raise UsageError(
+                f"group {self.group} with pattern {self.pattern}: the groups of N:M are M inputs of a row; "
+                "drop --group or give a sparsity"
+            )
         if plan.permute != "none" and not any(grouped):
             raise UsageError(
                 f"permute {plan.permute} with pattern {self.pattern}: the order of inputs matters to N:M only; "

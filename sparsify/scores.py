@@ -86,14 +86,15 @@ def symwanda(
     *,
     norms: str = "both",
     output: float = 1.0,
+    units: str = "mean",
     p: float = 1.0,
     strategy: int = 1,
     exponent: float = 0.5,
 ) -> torch.Tensor:
     """The symmetric score: what removing one weight adds to an input-side and an output-side error, float32 [out, in].
 
-    With x_j the norm of input j and y_i that of output i over the calibration tokens, each divided by its mean so that
-    ``output`` (μ) weighs them against each other whatever their units:
+    With x_j the norm of input j and y_i that of output i over the calibration tokens, in the paper's units (``raw``) or
+    each divided by its ``mean``, so that ``output`` (μ) weighs them against each other whatever their units:
 
     ========= ==========================================================================================
     norms     score
@@ -115,10 +116,12 @@ def symwanda(
         return size * (squares.sum(dim=0, keepdim=True) + squares.sum(dim=1, keepdim=True)).sqrt_()
     if norms == "lp":
         return _lp(size, p, strategy).mul_(stats.rms**exponent)
-    x = _unit_mean(stats.rms)
+    x = stats.rms if units == "raw" else _unit_mean(stats.rms)
     if norms == "input":
         return size.mul_(x)
-    y = _unit_mean(output_norms(weight, stats)).unsqueeze(1)
+    y = output_norms(weight, stats).unsqueeze(1)
+    if units == "mean":
+        y = _unit_mean(y)
     if norms == "output":
         return size.mul_(y)
     if norms == "both":
@@ -187,6 +190,7 @@ SCORES: dict[str, Score] = {
         stats if stats is not None else InputStats(torch.ones(weight.shape[1], device=weight.device), 1),
         norms=plan.setting("symwanda.norms"),
         output=plan.setting("symwanda.output"),
+        units=plan.setting("symwanda.units"),
         p=plan.setting("symwanda.p"),
         strategy=plan.setting("symwanda.strategy"),
         exponent=plan.setting("symwanda.exponent"),

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sparsify.errors import NumericsError
 from sparsify.grams import Grams
 from sparsify.masks import satisfies
-from sparsify.solvers.quadratic import Gram, lipschitz, relative_error, value
-from sparsify.stats import InputStats
+from sparsify.solvers.quadratic import Gram, lipschitz, relative_error, retarget, value
+from sparsify.stats import Accumulator, InputStats, Wanted
 from sparsify.types import NofM
 from tests.problems import DIRECT, ROWS, array, gram_of, inputs, random, seeds, sizes
 
@@ -221,3 +221,47 @@ def test_grams_are_made_once_per_input_follow_an_order_and_are_let_go() -> None:
     unseen = grams.of(InputStats(torch.zeros(12), 0, gram=torch.zeros(12, 12)), "f")
     assert unseen is not None
     assert torch.equal(unseen.matrix, torch.eye(12))
+
+
+@pytest.mark.parametrize("width", [1, 3, 5, 33])
+def test_accumulated_sums_are_those_of_all_tokens_however_split(width: int) -> None:
+    """Gram matrix and drift against float64, in windows of any length; whole and symmetric in spite of panels."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(60, width, generator=generator, dtype=torch.float64)
+    dense = x + 0.1 * torch.randn(60, width, generator=generator, dtype=torch.float64)
+    for splits in ([60], [1, 59], [7, 20, 33]):
+        sums = Accumulator(width, wanted=Wanted(gram=True, drift=True))
+        for part, other in zip(torch.split(x.float(), splits), torch.split(dense.float(), splits), strict=True):
+            sums.add(part.unsqueeze(0), other.unsqueeze(0))
+        stats = sums.result("x")
+        assert stats.gram is not None
+        assert stats.drift is not None
+        torch.testing.assert_close(stats.gram.double(), x.T @ x, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(stats.drift.double(), (dense - x).T @ x, rtol=1e-5, atol=1e-4)
+        assert torch.equal(stats.gram, stats.gram.T)
+
+
+def test_drift_keeps_its_digits_beside_a_very_large_activation() -> None:
+    """Its share of the output is what counts: Σ d xᵀ − Σ x xᵀ would round it away."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 32, generator=generator)
+    x[0, 3] = 1e4
+    dense = x + 1e-3 * torch.randn(512, 32, generator=generator)
+    dense[0, 3] = x[0, 3]
+    sums = Accumulator(32, wanted=Wanted(gram=True, drift=True))
+    sums.add(x, dense)
+    drift = sums.result("x").drift
+    expected = (dense.double() - x.double()).T @ x.double()
+    assert drift is not None
+    assert float((drift - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_without_drift_targets_are_the_weights_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(50, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    sums = Accumulator(8, wanted=Wanted(gram=True, drift=True))
+    sums.add(x, x.clone())
+    stats = sums.result("x")
+    assert stats.gram is not None
+    assert stats.drift is not None
+    assert torch.equal(retarget(w, Gram(stats.gram, 50, 0.01), stats.drift), w)

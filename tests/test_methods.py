@@ -211,7 +211,7 @@ def test_the_settings_of_alps_reach_it() -> None:
 
 def test_a_method_s_table_says_what_holds_for_which_pattern(cli: Callable[..., Any]) -> None:
     lines = cli("methods", "best").stdout.splitlines()
-    assert any("alps.penalty" in line and "0.3" in line and "sparsity: " in line for line in lines)
+    assert any("alps.penalty" in line and "0.3" in line and "unstructured: " in line for line in lines)
     assert any("admm.iterations" in line and "N:M: " in line for line in lines)
     assert any("aim.share" in line and ": " not in line for line in lines)
     assert any("solver" in line and "admm" in line and "N:M: " in line for line in lines)
@@ -265,3 +265,29 @@ def test_aims_at_the_residual_run_on_every_family(
     if model_type in ("gemma2", "gemma3_text", "phi"):
         # Normalised before it is added; two added at once.
         assert not writes
+
+
+def test_a_singular_system_is_solved_with_more_damping_and_the_status_says_so() -> None:
+    gram, weight = Gram(torch.ones(3, 3), 5, 0.0), torch.tensor([[3.0, 2.0, 1.0]])
+    gram._damped = gram.matrix
+    stats = InputStats(torch.full((3,), 5.0), 5, gram=gram.matrix)
+    plan = resolve("magnitude", {"refit": "exact"}, {"damping": 0.0})
+    outcome = prune_layer(weight, stats, gram, parse_pattern("2:3"), plan)
+    assert outcome.status.startswith("fallback: damping raised to 1e-06, the system of the kept weights of row 0")
+    torch.testing.assert_close(outcome.weight.sum(), torch.tensor(6.0), rtol=1e-3, atol=0)
+
+
+def test_alps_that_does_not_settle_is_noticed(
+    random_models: Callable[[str], Path], ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def texts(**changes: Any) -> str:
+        progress = Notices()
+        recipe = Recipe("0.5", "alps", calibration=ids_file, settings=changes)
+        prune(source(random_models("llama")), recipe, tmp_path / str(len(list(tmp_path.iterdir()))), progress=progress)
+        return " ".join(progress.texts)
+
+    assert "had not settled" not in texts()
+    # Asked to stop early, it is no news that it did.
+    assert "had not settled" not in texts(**{"alps.iterations": 2})
+    monkeypatch.setitem(SETTINGS, "alps.iterations", replace(SETTINGS["alps.iterations"], default=2))
+    assert "alps had not settled after 2 iterations" in texts()

@@ -419,3 +419,14 @@ def test_scores_do_not_depend_on_a_low_precision_storage() -> None:
     for name, score in all_scores(stored, stats).items():
         assert score.dtype == torch.float32, name
         torch.testing.assert_close(score, expected[name], rtol=0, atol=0)
+
+
+def test_raw_units_are_the_plain_sum_of_both_norms() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    x *= torch.arange(1, 9)
+    stats = InputStats(x.square().sum(dim=0), len(x), gram=x.T @ x)
+    x_norm, y_norm = (torch.linalg.vector_norm(v, dim=0) / len(x) ** 0.5 for v in (x, x @ weight.T))
+    found = symwanda(weight, stats, units="raw")
+    torch.testing.assert_close(found, weight.abs() * (x_norm + y_norm[:, None]))
+    assert not torch.allclose(found, symwanda(weight, stats), rtol=1e-2)

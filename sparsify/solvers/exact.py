@@ -54,7 +54,7 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
             factor, info = torch.linalg.cholesky_ex(_system(gram.damped, index, valid).double())
             if bool(info.any()):
                 row = start + int(info.nonzero()[0])
-                raise SingularError(f"the system of the kept weights of row {row} is singular")
+                raise SingularError(f"the system of the kept weights of row {row} is singular at this damping")
         solved = torch.cholesky_solve(right.to(factor.dtype), factor).squeeze(2).float()
         result[part].scatter_add_(1, index, solved.mul_(valid))
     return Solution(result, keep)

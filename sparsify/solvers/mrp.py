@@ -154,7 +154,7 @@ def _padded(inverse: torch.Tensor, on: torch.Tensor) -> torch.Tensor:
 
 def _refuse_singular(info: torch.Tensor) -> None:
     if bool(info.any()):
-        raise SingularError("inputs of a block of columns are linearly dependent up to rounding")
+        raise SingularError("inputs of a block of columns are linearly dependent up to rounding at this damping")
 
 
 def best_masks(part: torch.Tensor, inverse: torch.Tensor, pattern: NofM) -> torch.Tensor:
