@@ -279,3 +279,19 @@ def test_an_order_of_the_stream_is_refused_where_the_stream_is_not_known(
 def test_shared_configs_have_the_heads_this_file_assumes() -> None:
     config = conftest.CONFIGS["llama"]()
     assert (config.num_attention_heads, config.num_key_value_heads, config.hidden_size) == (4, 2, 32)
+
+
+def test_owl_is_the_paper_s_formula_where_blocks_are_of_one_size() -> None:
+    """Kept share = d − mean(d) + 1 − s, with d the outlier shares scaled to [0, 2λ]."""
+    ratios = {0: 0.01, 1: 0.05, 2: 0.02, 3: 0.09}
+    spread, size = 0.08, 100_000
+    found = fitted(
+        {str(b): s for b, s in owl(ratios, Fraction(7, 10), spread).items()},
+        dict.fromkeys(map(str, ratios), size),
+        dict.fromkeys(map(str, ratios), 1),
+        Fraction(7, 10),
+        2 * spread,
+    )
+    d = [(r - 0.01) / 0.08 * 2 * spread for r in ratios.values()]
+    for share, entry in zip(found.values(), d, strict=True):
+        assert float(1 - share) == pytest.approx(entry - sum(d) / 4 + 0.3, abs=2 / size)
