@@ -260,6 +260,7 @@ def _solve_fista(
         start,
         n_iter=plan.setting("fista.steps"),
         patience=plan.setting("fista.patience"),
+        improvement=plan.setting("fista.improvement"),
         threshold=plan.setting("fista.threshold"),
         scaled=plan.setting("fista.scaled"),
         group=plan.group,

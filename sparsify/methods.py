@@ -134,6 +134,7 @@ SETTINGS: dict[str, Setting] = {
     "fista.start": Setting("solver=fista", "sparsegpt", ("sparsegpt", "wanda", "dense"), help="warm start"),
     "fista.steps": Setting("solver=fista", 20, 0, 10000, "gradient steps a round"),
     "fista.patience": Setting("solver=fista", 3, 0, 1000, "rounds without improvement that end it"),
+    "fista.improvement": Setting("solver=fista", 1e-3, 0, 1, "relative gain of a round below which it ends"),
     "fista.threshold": Setting("solver=fista", 0.3, 0, 1, "error share of rounding above which l1 is raised"),
     "fista.scaled": Setting("solver=fista", True, help="in units of the input norms; no is the paper's own"),
     "admm.iterations": Setting("solver=admm", 20, 1, 10000, "iterations"),

@@ -291,3 +291,19 @@ def test_alps_that_does_not_settle_is_noticed(
     assert "had not settled" not in texts(**{"alps.iterations": 2})
     monkeypatch.setitem(SETTINGS, "alps.iterations", replace(SETTINGS["alps.iterations"], default=2))
     assert "alps had not settled after 2 iterations" in texts()
+
+
+def test_a_round_of_fista_that_gains_too_little_is_the_last() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 48), torch.randn(200, 48) @ torch.randn(48, 48)
+    gram, pattern = Gram(x.T @ x, 200), parse_pattern("2:4")
+    stats = InputStats(x.square().sum(dim=0), 200, gram=x.T @ x)
+    changes = {"aim": "own", "inputs": "pruned"}
+    patient, hasty = (
+        prune_layer(weight, stats, gram, pattern, resolve("fistapruner", changes, {"fista.improvement": least}))
+        for least in (0.0, 1.0)
+    )
+    assert hasty.n_iter < patient.n_iter
+    assert patient.objective is not None
+    assert hasty.objective is not None
+    assert patient.objective <= hasty.objective
