@@ -300,7 +300,13 @@ def test_a_round_of_fista_that_gains_too_little_is_the_last() -> None:
     stats = InputStats(x.square().sum(dim=0), 200, gram=x.T @ x)
     changes = {"aim": "own", "inputs": "pruned"}
     patient, hasty = (
-        prune_layer(weight, stats, gram, pattern, resolve("fistapruner", changes, {"fista.improvement": least}))
+        prune_layer(
+            weight,
+            stats,
+            gram,
+            pattern,
+            resolve("fistapruner", changes, {"fista.start": "dense", "fista.improvement": least}),
+        )
         for least in (0.0, 1.0)
     )
     assert hasty.n_iter < patient.n_iter
