@@ -31,7 +31,8 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
     Raises:
         SingularError: a row's system is singular in spite of damping.
     """
-    most = int(keep.sum(dim=1).max()) if keep.numel() else 0
+    counts = keep.sum(dim=1)
+    most = int(counts.max()) if keep.numel() else 0
     if most == 0:
         return Solution(torch.zeros(weight.shape, device=weight.device), keep)
     if 8 * most * most > budget:
@@ -43,9 +44,11 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
     # The change is solved for, not the weights: rounding is then relative to the change, and no removal means none.
     target = dense.masked_fill(keep, 0) @ gram.damped
     result = dense.masked_fill(~keep, 0)
-    rows = max(budget // (8 * most * most), 1)
-    for start in range(0, len(dense), rows):
-        part = slice(start, start + rows)
+    # Systems of a batch are filled up to the largest: rows that keep as many go together.
+    order, start = counts.argsort(descending=True), 0
+    while start < len(order) and (most := int(counts[order[start]])):
+        part = order[start : start + max(budget // (8 * most * most), 1)]
+        start += len(part)
         index, valid = _kept(keep[part], most)
         right = target[part].gather(1, index).mul_(valid).unsqueeze(2)
         system = _system(gram.damped, index, valid)
@@ -53,10 +56,10 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
         if bool(info.any()):
             factor, info = torch.linalg.cholesky_ex(_system(gram.damped, index, valid).double())
             if bool(info.any()):
-                row = start + int(info.nonzero()[0])
+                row = int(part[info.nonzero()[0]])
                 raise SingularError(f"the system of the kept weights of row {row} is singular at this damping")
         solved = torch.cholesky_solve(right.to(factor.dtype), factor).squeeze(2).float()
-        result[part].scatter_add_(1, index, solved.mul_(valid))
+        result[part] = result[part].scatter_add_(1, index, solved.mul_(valid))
     return Solution(result, keep)
 
 
