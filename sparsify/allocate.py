@@ -99,9 +99,9 @@ def fitted(
         wanted: linear -> sparsity.
         sizes: linear -> weights.
         grains: linear -> a count it can lose is a multiple of this: 1, or its rows where each row loses the same.
-        sparsity: of all together: at most floor(``sparsity`` · total) weights go, and fewer by less than the greatest
-            grain.
-        spread: greatest deviation, to a grain.
+        sparsity: of all together: floor(``sparsity`` · total) weights go, short of that by less than the least grain
+            unless the linears of fine grains can lose no more; never above.
+        spread: greatest deviation, but for what rounding moves.
     """
     total = sum(sizes.values())
     floor = max(float(sparsity) - spread, 0.0)
@@ -114,16 +114,16 @@ def fitted(
     exact = {k: min(max(v + low, floor), ceiling) * sizes[k] for k, v in wanted.items()}
     counts = {k: int(value) // grains[k] * grains[k] for k, value in exact.items()}
     missing = int(sparsity * total) - sum(counts.values())
-    # What rounding left over: a grain each, the coarsest first, as long as it fits; more where others are full.
-    order = sorted(exact, key=lambda k: (-grains[k], counts[k] - exact[k]))
-    given = True
-    while given and missing >= max(grains.values()):
-        given = False
-        for key in order:
-            if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
-                counts[key] += grains[key]
-                missing -= grains[key]
-                given = True
+    # What rounding left over: a grain each, the coarsest first. What then is less than the coarsest needs goes to those
+    # that fit, where it moves the sparsity the least.
+    for key in sorted(exact, key=lambda k: (-grains[k], counts[k] - exact[k])):
+        if grains[key] <= missing and counts[key] + grains[key] < sizes[key]:
+            counts[key] += grains[key]
+            missing -= grains[key]
+    while fit := [k for k in exact if grains[k] <= missing and counts[k] + grains[k] < sizes[k]]:
+        key = min(fit, key=lambda k: (counts[k] + grains[k] - exact[k]) / sizes[k])
+        counts[key] += grains[key]
+        missing -= grains[key]
     return {k: Fraction(count, sizes[k]) for k, count in counts.items()}
 
 

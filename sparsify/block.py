@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -285,10 +284,10 @@ class BlockPruner:
         status = outcome.status
         if stats is not None and stats.n_tokens == 0:
             status = "fallback: no calibration token came here, all inputs counted as equal"
-        elif stats is not None and not bool(stats.sq_norm.any()):
+        elif stats is not None and stats.silent:
             status = "fallback: its inputs are always 0, all counted as equal"
         if status.startswith("fallback") and (stats is None or stats.n_tokens):
-            self._tell(f"{spec.name}: {status} (and so where the manifest says it)", re.sub(r"\d+", "", status)[:40])
+            self._tell(f"{spec.name}: {status} (and so where the manifest says it)", status.partition(",")[0])
         # Where the number of iterations is the method's own, as of ADMM, or was chosen, ending there is no news.
         if "max_iter" in status and self.plan.solver == "alps" and "alps.iterations" not in self.plan.settings:
             self._tell(

@@ -39,7 +39,7 @@ class Grams:
             return None
         if id(stats) not in self._made:
             matrix = stats.gram
-            if not bool(stats.sq_norm.any()):
+            if stats.silent:
                 matrix = torch.eye(len(matrix), device=matrix.device)
             elif self.tell is not None and stats.n_tokens < _TOKENS_PER_CHANNEL * len(matrix):
                 wanted = -(-10 * len(matrix) // self.length)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsify.errors import SingularError
+from sparsify.errors import NumericsError, SingularError
 from sparsify.masks import keep_mask
 from sparsify.methods import Method
 from sparsify.scores import SCORES
@@ -25,6 +25,7 @@ from sparsify.solvers.swaps import swaps
 from sparsify.stats import InputStats
 from sparsify.types import Pattern
 
+# Damping by more than the mean diagonal is another problem than the one posed.
 _MOST_DAMPING = 1.0
 
 
@@ -60,6 +61,8 @@ def prune_layer(
 ) -> Outcome:
     """Prune ``weight`` [out, in] by ``plan``.
 
+    A system that is singular though the Gram matrix is not is solved with more damping, and the status says so.
+
     Args:
         weight: what the layer should compute, float32: its dense weight, or its target (``quadratic.retarget``).
         stats: of its inputs; None where the plan needs no text.
@@ -68,8 +71,6 @@ def prune_layer(
         plan: the method.
         seed: of random scores.
         length: tokens of a calibration window, the unit of DSnoT's threshold.
-
-    A system that is singular though the Gram matrix is not is solved with more damping, and the status says so.
 
     Raises:
         NumericsError: NaN in a score, or a Gram matrix that stays singular.
@@ -83,7 +84,10 @@ def prune_layer(
             assert gram is not None
             damping = 10 * max(gram.damping_used, 1e-7)
             if damping > _MOST_DAMPING:
-                raise
+                raise NumericsError(
+                    f"{error}, which is {gram.damping_used:g} already; give more calibration text (--windows) or use "
+                    "--method sparsegpt"
+                ) from None
             reason, gram = error, Gram(gram.matrix, gram.n_tokens, damping)
         else:
             if damping is None:
@@ -130,7 +134,7 @@ def _pruned(
         return Outcome(solved, None, None, n_iter, _summary(statuses))
     dead = int(gram.dead.sum())
     if dead and (plan.solver != "none" or plan.refit != "none"):
-        statuses.append(f"fallback: {dead} of {gram.n_in} inputs are always 0, so are their weights now")
+        statuses.append(f"fallback: inputs that are always 0 lose all weights, {dead} of {gram.n_in}")
     if gram.damping_used != gram.damping:
         statuses.append(f"fallback: damping raised to {gram.damping_used:g}, the inputs' Gram matrix was singular")
     whole = value(weight, gram.matrix)

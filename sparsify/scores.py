@@ -136,7 +136,7 @@ def output_norms(weight: torch.Tensor, stats: InputStats) -> torch.Tensor:
     """
     if stats.gram is None:
         raise ValueError("output norms need the Gram matrix")
-    if not bool(stats.sq_norm.any()):
+    if stats.silent:
         return torch.ones(len(weight), device=weight.device)
     energy = (weight.float() @ stats.gram).mul_(weight).sum(dim=1)
     norms: torch.Tensor

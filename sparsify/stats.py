@@ -40,13 +40,17 @@ class InputStats:
     scatter: torch.Tensor | None = None
 
     @property
+    def silent(self) -> bool:
+        """Whether no token arrived, or nothing but zeros did."""
+        return not bool(self.sq_norm.any())
+
+    @property
     def rms(self) -> torch.Tensor:
         """[in] float32: sqrt(sq_norm / n_tokens).
 
-        Ones where no token arrived (an expert that was never routed to) or nothing but zeros did: without data, every
-        input counts the same.
+        Ones where ``silent`` (an expert that was never routed to): without data, every input counts the same.
         """
-        if not bool(self.sq_norm.any()):
+        if self.silent:
             return torch.ones_like(self.sq_norm)
         return (self.sq_norm / self.n_tokens).sqrt()
 

@@ -56,10 +56,10 @@ class Watcher(ABC):
 
     def __init__(self, keys: Iterable[Key]) -> None:
         self._keys = sorted(set(keys), key=repr)
-        # The calls of this pass; whether each brought a tensor of its own, not the one of the call before; and that.
+        # The calls of this pass, the tensor of the last, and how many calls there were when that tensor was new.
         self._called: list[Key] | None = None
-        self._first: list[bool] = []
         self._x: torch.Tensor | None = None
+        self._n_new = 0
         # The calls after which the last complete pass brought nothing new; None where a pass may not end early.
         self._enough: list[Key] | None = None
         self._uneven = False
@@ -74,12 +74,11 @@ class Watcher(ABC):
         that is ``whole`` goes to the end: the last one, to see that it is still so.
         """
         enough, self._enough = self._enough, None if whole else self._enough
-        self._called, self._first = [], []
+        self._called, self._n_new = [], 0
         try:
             yield
             self._uneven |= sorted(self._called, key=repr) != self._keys
-            n_new = max((i for i, first in enumerate(self._first, 1) if first), default=0)
-            enough = None if self._uneven else self._called[:n_new]
+            enough = None if self._uneven else self._called[: self._n_new]
         except _AllSeen:
             pass
         finally:
@@ -91,9 +90,9 @@ class Watcher(ABC):
         self.add(key, x)
         if self._called is not None:
             self._called.append(key)
-            self._first.append(x is not self._x)
-            # Held, so that its identity cannot be a recycled address.
-            self._x = x
+            if x is not self._x:
+                # Held, so that its identity cannot be a recycled address.
+                self._x, self._n_new = x, len(self._called)
             if self._called == self._enough:
                 raise _AllSeen
 

@@ -158,45 +158,42 @@ def test_passes_for_statistics_end_at_the_last_input_and_only_where_that_is_safe
     assert passes([1, -1, 1], stop=True) == passes([1, -1, 1], stop=False)
 
 
+class Pair(torch.nn.Module):
+    """Gate and up, of which the latter sees ten times its input where that is large, if told to."""
+
+    def __init__(self, *, turns: bool) -> None:
+        super().__init__()
+        self.gate, self.up = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.turns = turns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.gate(x) * self.up(10 * x if self.turns and x[0, 0] > 2 else x))
+
+
+PAIR = [LinearSpec(f"b.{part}", f"b.{part}.weight", 4, 4) for part in ("gate", "up")]
+
+
 def test_passes_end_before_linears_whose_input_was_seen_already() -> None:
-    class Pair(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.up = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(self.gate(x) * self.up(x))
-
-    block, finished = Pair(), []
+    block, finished = Pair(turns=False), []
     for part in (block.gate, block.up):
         part.register_forward_hook(lambda *_: finished.append(1))
-    specs = [LinearSpec(f"b.{part}", f"b.{part}.weight", 4, 4) for part in ("gate", "up")]
-    with collect(block, "b.", specs) as collector:
+    with collect(block, "b.", PAIR) as collector:
         for i in range(3):
             with collector.window():
                 block(torch.full((2, 4), float(i)))
-    stats = collector.result(specs)
+    stats = collector.result(PAIR)
     assert stats["b.gate"] is stats["b.up"]
     assert stats["b.up"].sq_norm.tolist() == [2 * (0 + 1 + 4)] * 4
     assert len(finished) == 2
 
 
 def test_inputs_that_are_shared_in_some_passes_only_are_refused() -> None:
-    class Sometimes(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.as_tensor(self.a(x) + self.b(x if x[0, 0] < 2 else 10 * x))
-
-    block = Sometimes()
-    specs = [LinearSpec(f"b.{part}", f"b.{part}.weight", 4, 4) for part in ("a", "b")]
-    with collect(block, "b.", specs) as collector:
+    block = Pair(turns=True)
+    with collect(block, "b.", PAIR) as collector:
         for _ in range(2):
             with collector.window():
                 block(torch.ones(2, 4))
-        wanted = r"b\.b\.weight: shares its input with another linear in some calls only"
+        wanted = r"b\.up\.weight: shares its input with another linear in some calls only"
         with pytest.raises(ModelError, match=wanted), collector.window(whole=True):
             block(torch.full((2, 4), 5.0))
 
