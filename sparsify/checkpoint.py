@@ -93,16 +93,25 @@ class CheckpointReader:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) with the stored dtype, grouped by shard; each shard is open only while it is read."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, wanted in by_file.items():
-            with open_shard(file) as shard:
-                for name in wanted:
-                    try:
-                        yield name, shard.get_tensor(name)
-                    except SafetensorError as error:
-                        raise ModelError(f"{file}: tensor {name}: {error}; download the file again") from error
+        return read_tensors(self.tensors, names)
+
+
+def read_tensors(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of ``names`` among ``tensors``, grouped by shard.
+
+    Raises:
+        ModelError: a truncated shard.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name in names:
+        by_file.setdefault(tensors[name].file, []).append(name)
+    for file, wanted in by_file.items():
+        with open_shard(file) as shard:
+            for name in wanted:
+                try:
+                    yield name, shard.get_tensor(name)
+                except SafetensorError as error:
+                    raise ModelError(f"{file}: tensor {name}: {error}; download the file again") from error
 
 
 def open_shard(file: Path) -> Any:

@@ -19,6 +19,7 @@ from sparsify.options import (
     Calibration,
     Changes,
     ComputeDtype,
+    Dense,
     Device,
     EvalLength,
     EvalStride,
@@ -154,9 +155,10 @@ def prune_command(
 
 @app.command("export")
 def export_command(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder that prune or --target hf wrote.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that prune or --target hf or vllm wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="hf or onnx.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="hf, vllm or onnx.")],
+    dense: Dense = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -169,9 +171,16 @@ def export_command(
 
     with _progress() as progress:
         body = export(
-            checkpoint, target, out, overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress
+            checkpoint,
+            target,
+            out,
+            overwrite=overwrite,
+            dense=dense,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     result = {"out": str(out), "target": target, "bytes": folder_bytes(out), "parity": body.get("parity")}
+    result |= {"storage": body["storage"]} if "storage" in body else {}
     if json:
         print_json(result)
     else:
@@ -202,6 +211,7 @@ def prune_and_export_command(
     eval_stride: EvalStride = None,
     recipe: RecipeFile = None,
     device: Device = None,
+    dense: Dense = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -227,6 +237,7 @@ def prune_and_export_command(
             ),
             overwrite=overwrite,
             device=device,
+            dense=run.get("dense", False),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsify.checkpoint import CheckpointReader, read_config
+from sparsify.checkpoint import read_config
 from sparsify.errors import ModelError
+from sparsify.format.reader import open_checkpoint
+from sparsify.format.storage import KEY, read_storage
 from sparsify.types import LinearSpec
 
 # Fused experts of current transformers: parameter -> the linears stacked along its rows.
@@ -141,7 +143,10 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Skeleton:
 
 def _plain_config(folder: Path) -> dict[str, Any]:
     raw = read_config(folder)
-    if raw.get("quantization_config"):
+    if read_storage(raw.get(KEY), folder / "config.json") is not None:
+        # Compressed is not quantised: the weights are those of an ordinary checkpoint, stored smaller.
+        return {key: value for key, value in raw.items() if key != KEY}
+    if raw.get(KEY):
         raise ModelError(
             f"{folder / 'config.json'}: quantization_config is set; prune the unquantised model and quantise afterwards"
         )
@@ -151,7 +156,7 @@ def _plain_config(folder: Path) -> dict[str, Any]:
 def _refuse_more_blocks_than_tensors(config: Any, folder: Path) -> None:
     # Building a hundred thousand blocks takes minutes, on the meta device too; each has a tensor at least.
     n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(n_blocks, int) and n_blocks > len(CheckpointReader(folder).tensors):
+    if isinstance(n_blocks, int) and n_blocks > len(open_checkpoint(folder).tensors):
         raise ModelError(
             f"{folder / 'config.json'}: key num_hidden_layers is {n_blocks}, more than the checkpoint has tensors; "
             "they do not belong together"
@@ -167,7 +172,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, *, trust_remote_code: boo
     from transformers import AutoModelForCausalLM
 
     _plain_config(folder)
-    CheckpointReader(folder)  # its errors name the file; transformers' do not
+    open_checkpoint(folder)  # its errors name the file; transformers' do not
     try:
         with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 
 from sparsify.checkpoint import FLOATS, CheckpointReader
 from sparsify.errors import ModelError, NumericsError
+from sparsify.format.reader import open_checkpoint
 from sparsify.model import Skeleton, load_skeleton, quiet, weight_view
 from sparsify.types import LinearSpec
 
@@ -164,6 +165,10 @@ class Binding:
     def stored_in(self, prefix: str) -> list[str]:
         """Names of the checkpoint tensors of the block ``prefix``."""
         return self._by_owner.get(prefix, [])
+
+    def stored_for(self, parameter: str) -> list[str]:
+        """Names of the checkpoint tensors that ``parameter`` is filled from: one, or several for a fused one."""
+        return [name for name, origin in self._origins.items() if parameter in self._targets(origin)]
 
     def stored_outside_blocks(self) -> list[str]:
         """Names of every checkpoint tensor that belongs to no block, those the model does not use included."""
@@ -339,7 +344,7 @@ def linear_weights(folder: Path, *, trust_remote_code: bool = False) -> Iterator
         ModelError, NumericsError: as ``Binding``.
     """
     skeleton = load_skeleton(folder, trust_remote_code=trust_remote_code)
-    binding = Binding(CheckpointReader(folder), skeleton)
+    binding = Binding(open_checkpoint(folder), skeleton)
     for index in range(skeleton.n_blocks):
         block = binding.load_block(index, torch.float32, "cpu")
         for spec in skeleton.linears[index]:

@@ -83,7 +83,10 @@ Overwrite = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Target = Annotated[list[str] | None, typer.Option("--target", "-t", help="hf, onnx; repeatable.", show_default="hf")]
+Target = Annotated[
+    list[str] | None, typer.Option("--target", "-t", help="hf, vllm, onnx; repeatable.", show_default="hf")
+]
+Dense = Annotated[bool, typer.Option("--dense", help="Target vllm: the plain checkpoint, for vLLM without the plugin.")]
 EvalText = Annotated[str | None, typer.Option(help="As --calibration; none to skip.", show_default="pydoc")]
 EvalWindows = Annotated[
     int | None, typer.Option(help="Evaluation windows, from the start of the text.", show_default="32")
@@ -100,6 +103,7 @@ _RUN_KEYS: dict[str, type] = {
     "eval_length": int,
     "eval_stride": int,
     "device": str,
+    "dense": bool,
 }
 
 
@@ -117,7 +121,7 @@ def merge_settings(recipe_file: Path | None, options: dict[str, Any]) -> tuple[R
     for key, kind in _RUN_KEYS.items():
         if key in values:
             run[key] = values.pop(key)
-            if not isinstance(run[key], kind) or isinstance(run[key], bool):
+            if not isinstance(run[key], kind) or (isinstance(run[key], bool) and kind is not bool):
                 raise UsageError(f"{where}: key {key!r} is {type(run[key]).__name__}, expected {kind.__name__}")
             if kind is list and not all(isinstance(item, str) for item in run[key]):
                 raise UsageError(f"{where}: key {key!r} must be a list of strings")

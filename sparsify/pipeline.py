@@ -23,9 +23,11 @@ from sparsify.prune import prune
 from sparsify.recipe import Recipe
 from sparsify.runtimes import open_session
 from sparsify.source import Source
-from sparsify.targets import find_target
+from sparsify.targets import Options, check_dense, find_target
 
 _CHECKPOINT = "checkpoint"
+# Keys of a manifest that describe its own files, not the model.
+_OF_ONE_EXPORT = ("format", "files", "onnx", "parity", "storage")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def export(
     out: Path,
     *,
     overwrite: bool = False,
+    dense: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -67,10 +70,11 @@ def export(
     """
     progress = progress or Silent()
     write = find_target(target)
+    check_dense(dense, [target])
     body = manifest.read(checkpoint)
-    if body["kind"] not in ("checkpoint", "hf"):
+    if body["kind"] not in ("checkpoint", "hf", "vllm"):
         raise UsageError(
-            f"{checkpoint}: is an artifact of kind {body['kind']}; export from the pruned checkpoint or hf"
+            f"{checkpoint}: is an artifact of kind {body['kind']}; export from the pruned checkpoint, hf or vllm"
         )
     damage = manifest.damaged_files(checkpoint, body)
     if damage:
@@ -78,14 +82,14 @@ def export(
     # Nothing in an export is worth resuming: no state is saved, so it starts from an empty folder.
     with staging_folder(out, {"command": "export"}, overwrite=overwrite, inputs=[checkpoint]) as staging:
         progress.stage(f"exporting {target}", 1)
-        extra = write(checkpoint, staging.path, body, trust_remote_code)
+        extra = write(checkpoint, staging.path, body, Options(trust_remote_code, dense))
         if (checkpoint / manifest.PERMUTATIONS).exists():
             write_atomic(
                 staging.path / manifest.PERMUTATIONS, partial(shutil.copyfile, checkpoint / manifest.PERMUTATIONS)
             )
         progress.advance()
         body = {
-            **{key: value for key, value in body.items() if key not in ("format", "files", "onnx")},
+            **{key: value for key, value in body.items() if key not in _OF_ONE_EXPORT},
             "kind": target,
             **extra,
         }
@@ -103,6 +107,7 @@ def prune_and_export(
     evaluation: Evaluation,
     overwrite: bool = False,
     device: str = "cpu",
+    dense: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -118,6 +123,7 @@ def prune_and_export(
     started = time.monotonic()
     for target in targets:
         find_target(target)
+    check_dense(dense, targets)
     if len(set(targets)) != len(targets):
         raise UsageError(f"target {', '.join(targets)}: each target can be named once")
     # Before hours of pruning: a text that is too short or missing has to be known now.
@@ -131,6 +137,7 @@ def prune_and_export(
         "calibration": stamps([text] if text.is_file() else []),
         "versions": manifest.versions("torch", "transformers"),
         "device": device,
+        "dense": dense,
     }
     with staging_folder(out, request, overwrite=overwrite, inputs=[source.folder], check=_damage) as staging:
         resumed = staging.state is not None
@@ -149,7 +156,14 @@ def prune_and_export(
         for target in targets:
             if not (staging.path / target).exists():
                 origin = hf if hf.exists() else checkpoint
-                export(origin, target, staging.path / target, trust_remote_code=trust_remote_code, progress=progress)
+                export(
+                    origin,
+                    target,
+                    staging.path / target,
+                    dense=dense and target == "vllm",
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
         # The hf artifact holds the same tensors and manifest; two copies of a model are one too many.
         origin = hf if hf.exists() else checkpoint
         if origin is hf and checkpoint.exists():

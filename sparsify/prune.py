@@ -21,7 +21,6 @@ from sparsify import manifest
 from sparsify.block import BlockPruner, Streams
 from sparsify.checkpoint import (
     FLOATS,
-    CheckpointReader,
     copy_side_files,
     portable_config,
     read_permutations,
@@ -33,6 +32,7 @@ from sparsify.couplings import in_stream_order
 from sparsify.data import Windows, load_windows
 from sparsify.errors import UsageError
 from sparsify.files import Staging, sha256_file, staging_folder, stamps, write_json
+from sparsify.format.reader import open_checkpoint
 from sparsify.hidden import HiddenFile, enter, file_crc32
 from sparsify.memory import peak_memory_bytes, return_freed_memory, return_large_frees
 from sparsify.methods import METHODS
@@ -86,7 +86,7 @@ def prune(
     return_large_frees()
     began = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
     skeleton = load_skeleton(source.folder, trust_remote_code=trust_remote_code)
-    binding = Binding(CheckpointReader(source.folder), skeleton)
+    binding = Binding(open_checkpoint(source.folder), skeleton)
     for text in skeleton.notices:
         progress.notice(text)
     if recipe.plan.needs_data and recipe.calibration == DEFAULT_CALIBRATION:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,41 @@ from typing import Any
 from sparsify.errors import UsageError, VerificationError
 from sparsify.extras import require
 
-Writer = Callable[[Path, Path, dict[str, Any], bool], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about an export.
+
+    Attributes:
+        trust_remote_code: let the model's own code load.
+        dense: target vllm: the plain checkpoint, which needs no plugin.
+    """
+
+    trust_remote_code: bool = False
+    dense: bool = False
 
 
-def _hf(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+Writer = Callable[[Path, Path, dict[str, Any], Options], dict[str, Any]]
+
+
+def _hf(checkpoint: Path, out: Path, body: dict[str, Any], options: Options) -> dict[str, Any]:
     from sparsify.exporters.hf import export_hf
 
     export_hf(checkpoint, out)
     return {}
 
 
-def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+def _vllm(checkpoint: Path, out: Path, body: dict[str, Any], options: Options) -> dict[str, Any]:
+    from sparsify.exporters.hf import export_hf
+    from sparsify.exporters.vllm_compressed import export_compressed
+
+    if options.dense:
+        export_hf(checkpoint, out)
+        return {}
+    return export_compressed(checkpoint, out, body["linears"], trust_remote_code=options.trust_remote_code)
+
+
+def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], options: Options) -> dict[str, Any]:
     """Export, then run both models: what the manifest calls parity was measured on the files that are delivered."""
     from dataclasses import asdict
 
@@ -31,6 +55,7 @@ def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], trust_remote_code: 
     from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
     from sparsify.runtimes.torch_session import TorchSession
 
+    trust_remote_code = options.trust_remote_code
     export_onnx(checkpoint, out, trust_remote_code=trust_remote_code)
     pruned = {row["name"] for row in body["linears"]}
     weights = (
@@ -62,7 +87,7 @@ class Target:
     extra: str | None = None
 
 
-TARGETS = {"hf": Target(_hf), "onnx": Target(_onnx, "onnx")}
+TARGETS = {"hf": Target(_hf), "vllm": Target(_vllm), "onnx": Target(_onnx, "onnx")}
 
 
 def find_target(name: str) -> Writer:
@@ -78,3 +103,9 @@ def find_target(name: str) -> Writer:
     if target.extra:
         require(target.extra, f"target {name}")
     return target.write
+
+
+def check_dense(dense: bool, targets: Sequence[str]) -> None:
+    """Refuse ``--dense`` where no target has a plain and a compressed form (``UsageError``)."""
+    if dense and "vllm" not in targets:
+        raise UsageError(f"--dense is about target vllm; target {', '.join(targets)} has one form, leave it out")

@@ -14,6 +14,8 @@ RANKS = [
     {"sparsify", "sparsify.errors"},
     {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras"},
     {"sparsify.methods", "sparsify.checkpoint"},
+    {"sparsify.format", "sparsify.format.bits", "sparsify.format.expand", "sparsify.format.packed"}
+    | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader"},
     {"sparsify.recipe", "sparsify.model"},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
     {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
@@ -27,7 +29,9 @@ RANKS = [
     {"sparsify.manifest"},
     {"sparsify.prune", "sparsify.verify"},
     {"sparsify.exporters", "sparsify.exporters.hf", "sparsify.exporters.onnx_graph", "sparsify.exporters.onnx_standard"}
-    | {"sparsify.exporters.onnx_weights"},
+    | {"sparsify.exporters.onnx_weights", "sparsify.exporters.vllm_compressed"},
+    {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.library", "sparsify.kernels.dispatch"}
+    | {"sparsify.kernels.packed_reference", "sparsify.kernels.semi_structured"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
     | {"sparsify.runtimes.onnxruntime_session"},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}

@@ -258,7 +258,7 @@ def test_missing_arguments(cli: Run, llama: Path) -> None:
 
 def test_bad_targets(cli: Run, llama: Path, ids_file: str, tmp_path: Path) -> None:
     common = ["prune-and-export", llama, "--calibration", ids_file, "--eval-text", ids_file, "--out", tmp_path / "out"]
-    refuse(cli(*common, "--target", "tflite"), 2, "tflite", "hf, onnx")
+    refuse(cli(*common, "--target", "tflite"), 2, "tflite", "hf, vllm, onnx")
     refuse(cli(*common, "--target", "hf", "--target", "hf"), 2, "once")
     refuse(cli("export", llama, "--target", "hf", "--out", tmp_path / "out"), 8, "sparsify.json")
     assert not (tmp_path / "out").exists()

@@ -8,7 +8,6 @@ import torch
 
 from sparsify.checkpoint import (
     SINGLE,
-    CheckpointReader,
     copy_side_files,
     portable_config,
     read_config,
@@ -16,6 +15,7 @@ from sparsify.checkpoint import (
     write_shard,
 )
 from sparsify.files import write_json
+from sparsify.format.reader import open_checkpoint
 
 # One shard is in memory at a time; 2 GB is about one decoder block of a 70B model.
 SHARD_BYTES = 2 << 30
@@ -33,7 +33,7 @@ def export_hf(checkpoint: Path, out: Path, *, shard_bytes: int = SHARD_BYTES) ->
         ModelError: the checkpoint cannot be read.
         OutputError: disk full, not writable.
     """
-    reader = CheckpointReader(checkpoint)
+    reader = open_checkpoint(checkpoint)
     groups: list[list[str]] = [[]]
     size = 0
     # In the order of the source shards, so that each is opened once.

@@ -1,0 +1,160 @@
+"""The compressed checkpoint that vLLM serves through the plugin: pruned linears packed, everything else as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify.checkpoint import SINGLE, copy_side_files, portable_config, read_config, read_permutations, write_index
+from sparsify.checkpoint import write_shard as write_tensors
+from sparsify.errors import ModelError, UsageError
+from sparsify.exporters.hf import SHARD_BYTES
+from sparsify.files import write_json
+from sparsify.format.packed import DTYPES, Packed, encode, fits
+from sparsify.format.reader import open_checkpoint
+from sparsify.format.record import to_tensors
+from sparsify.format.storage import KEY, Storage
+from sparsify.manifest import PERMUTATIONS
+from sparsify.model import load_skeleton
+from sparsify.naming import Binding
+from sparsify.types import NofM, parse_pattern
+
+# Model types whose loader in vLLM hands each tensor over unchanged. Each is served in the tests; a loader that
+# transposes or interleaves weights (GPT-2, GPT-NeoX) would be given packed values to do it with.
+SERVED = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "stablelm", "gemma", "gemma2", "gemma3_text", "phi3"}
+    | {"cohere", "starcoder2", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}
+)
+
+
+def export_compressed(
+    checkpoint: Path,
+    out: Path,
+    linears: list[dict[str, Any]],
+    *,
+    trust_remote_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write ``checkpoint`` into the existing folder ``out`` with the pruned ``linears`` packed.
+
+    One tensor is packed at a time and one shard is in memory. A linear with too few zeros to become smaller stays
+    dense; one whose zeros do not fit its pattern bit for bit (-0.0 is a value) is packed unstructured.
+
+    Args:
+        checkpoint: pruned checkpoint.
+        out: existing, empty folder.
+        linears: rows of the manifest.
+        trust_remote_code: let the model's own code load.
+        shard_bytes: a shard is closed when it has reached this size.
+
+    Returns:
+        for the manifest, ``storage``: counts of linears ``packed`` by pattern, ``dense`` (pruned, and stored dense),
+        ``packed_bytes``, and ``dense_bytes`` of the same weights.
+
+    Raises:
+        ModelError: the checkpoint cannot be read, or vLLM's loader for its model type is not known to take packed
+            weights.
+        OutputError: disk full, not writable.
+    """
+    config = read_config(checkpoint)
+    if config["model_type"] not in SERVED:
+        raise ModelError(
+            f"{checkpoint / 'config.json'}: how vLLM loads model type {config['model_type']!r} has not been checked "
+            "with packed weights; export with --dense, which needs no plugin"
+        )
+    plan = _Plan(checkpoint, linears, trust_remote_code)
+    shards: dict[str, dict[str, int]] = {}
+    for i, tensors in enumerate(_batches(plan.tensors(), shard_bytes), 1):
+        file = f"model-{i:05d}.safetensors"
+        write_tensors(out / file, tensors)
+        shards[file] = {name: tensor.nbytes for name, tensor in tensors.items()}
+    if len(shards) == 1:
+        (out / next(iter(shards))).rename(out / SINGLE)
+    else:
+        write_index(out, shards)
+    ignore = tuple(name.removesuffix(".weight") for name in plan.dense_matrices)
+    write_json(out / "config.json", {**portable_config(config), KEY: Storage(ignore).to_dict()})
+    copy_side_files(checkpoint, out)
+    return {
+        "storage": {
+            "packed": dict(sorted(plan.packed.items())),
+            "dense": plan.left_dense,
+            "packed_bytes": plan.packed_bytes,
+            "dense_bytes": plan.dense_bytes,
+        }
+    }
+
+
+def _batches(tensors: Iterator[dict[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Groups of tensors of ``limit`` bytes or a little more; what belongs to one weight stays together."""
+    batch: dict[str, torch.Tensor] = {}
+    for group in tensors:
+        batch |= group
+        if sum(tensor.nbytes for tensor in batch.values()) >= limit:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
+
+
+class _Plan:
+    """Which stored tensors hold pruned linears, and what has been written of them so far."""
+
+    def __init__(self, checkpoint: Path, linears: list[dict[str, Any]], trust_remote_code: bool) -> None:
+        self.reader = open_checkpoint(checkpoint)
+        skeleton = load_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+        binding = Binding(self.reader, skeleton)
+        rows = {row["name"]: row for row in linears}
+        recorded = any(row.get("permuted") == "recorded" for row in linears)
+        orders = read_permutations(checkpoint / PERMUTATIONS) if recorded else {}
+        # Stored tensor -> patterns it may have. Experts are stored in several tensors for one fused parameter, whose
+        # names are the family's own; which of its linears a tensor holds is seen from its zeros.
+        self.patterns: dict[str, list[NofM | None]] = {}
+        self.orders: dict[str, torch.Tensor] = {}
+        for spec in (spec for block in skeleton.linears for spec in block if spec.name in rows):
+            row = rows[spec.name]
+            parsed = parse_pattern(row["pattern"], None, f"{spec.name}: pattern")
+            for name in binding.stored_for(spec.parameter):
+                self.patterns.setdefault(name, []).append(parsed if isinstance(parsed, NofM) else None)
+                if row.get("permuted") == "recorded":
+                    self.orders[name] = orders[spec.name]
+        self.packed: dict[str, int] = {}
+        self.dense_matrices: list[str] = []
+        self.left_dense = self.packed_bytes = self.dense_bytes = 0
+
+    def tensors(self) -> Iterator[dict[str, torch.Tensor]]:
+        """What to write, one stored tensor or the parts of one packed weight at a time."""
+        order = sorted(self.reader.tensors.items(), key=lambda item: (item[1].file, item[0]))
+        for name, tensor in self.reader.read(name for name, _ in order):
+            packed = self._pack(name, tensor) if name in self.patterns else None
+            if packed is None:
+                if tensor.dim() == 2 and name.endswith(".weight"):
+                    self.dense_matrices.append(name)
+                yield {name: tensor}
+                continue
+            module = name.removesuffix(".weight")
+            parts = to_tensors(packed)
+            kind = str(packed.pattern or "unstructured")
+            self.packed[kind] = self.packed.get(kind, 0) + 1
+            self.packed_bytes += sum(part.nbytes for part in parts.values())
+            self.dense_bytes += tensor.nbytes
+            yield {f"{module}.{part}": value for part, value in parts.items()}
+
+    def _pack(self, name: str, tensor: torch.Tensor) -> Packed | None:
+        if tensor.dim() != 2 or tensor.dtype not in DTYPES or not name.endswith(".weight"):
+            self.left_dense += 1
+            return None
+        perm = self.orders.get(name)
+        stored = tensor if perm is None else tensor[:, perm]
+        pattern = next((p for p in self.patterns[name] if p is not None and fits(stored, p)), None)
+        try:
+            packed = encode(tensor, pattern, None if pattern is None else perm)
+        except UsageError as error:
+            raise ModelError(f"{self.reader.tensors[name].file}: tensor {name}: {error}") from error
+        if packed.n_bytes >= tensor.nbytes:
+            self.left_dense += 1
+            return None
+        return packed

@@ -1,0 +1,201 @@
+"""A pruned weight as bitmask and values, and the dense weight back, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sparsify.errors import UsageError
+from sparsify.format.bits import count_bits, pack_bits, unpack_bits
+from sparsify.format.expand import expand_two_of_four
+from sparsify.types import NofM
+
+# What a value is compared as: bits, so that -0.0 counts as a value and comes back.
+_BITS = {2: torch.int16, 4: torch.int32}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [out, in] without its zeros.
+
+    Attributes:
+        shape: (out, in) of the dense weight.
+        pattern: ``NofM`` where every group of m columns keeps exactly n, some of which may be zero; None for
+            unstructured.
+        values: what is kept, row by row in the order of columns: [out, in * n / m], or [nnz] for unstructured;
+            bfloat16, float16 or float32.
+        mask: uint8 [out, ceil(in / 8)], see ``format.bits``.
+        perm: int32 [in] where the columns are stored in another order, ``stored[:, k] = weight[:, perm[k]]``; mask,
+            values and pattern are those of the stored order.
+    """
+
+    shape: tuple[int, int]
+    pattern: NofM | None
+    values: torch.Tensor
+    mask: torch.Tensor
+    perm: torch.Tensor | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.values, self.mask, self.perm) if t is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
+    def to(self, *args: Any) -> Packed:
+        """On another device, or with values of another dtype."""
+        device = torch.empty(0).to(*args).device if not isinstance(args[0], torch.dtype) else self.values.device
+        perm = None if self.perm is None else self.perm.to(device)
+        return replace(self, values=self.values.to(*args), mask=self.mask.to(device), perm=perm)
+
+
+def _used(weight: torch.Tensor) -> torch.Tensor:
+    return weight.contiguous().view(_BITS[weight.itemsize]) != 0
+
+
+def _per_group(keep: torch.Tensor, m: int) -> torch.Tensor:
+    """How many of each group of ``m`` are kept, in an order of its own."""
+    if m == 8:
+        return count_bits(pack_bits(keep))
+    if m == 4 and keep.shape[1] % 8 == 0:
+        mask = pack_bits(keep)
+        return torch.stack((count_bits(mask & 15), count_bits(mask >> 4)))
+    return keep.view(keep.shape[0], -1, m).sum(dim=2)
+
+
+def fits(weight: torch.Tensor, pattern: NofM) -> bool:
+    """True if ``weight`` [out, in] has at most n values in every group of m whose bits are not all zero."""
+    if weight.shape[1] % pattern.m:
+        return False
+    return bool((_per_group(_used(weight), pattern.m) <= pattern.n).all())
+
+
+def encode(weight: torch.Tensor, pattern: NofM | None = None, perm: torch.Tensor | None = None) -> Packed:
+    """``weight`` [out, in] packed; ``decode`` gives it back bit for bit.
+
+    Where a group has fewer values than the pattern keeps, its first zeros are kept too, so that tensors of a pattern
+    are rectangular.
+
+    Args:
+        weight: bfloat16, float16 or float32.
+        pattern: None packs every value that is not +0.0.
+        perm: order of columns in which the pattern holds.
+
+    Raises:
+        UsageError: the weight does not fit the pattern (-0.0 counts as a value), or has another dtype.
+    """
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
+        raise UsageError(f"cannot pack {weight.dtype} of shape {list(weight.shape)}; want a float matrix")
+    stored = weight.contiguous() if perm is None else weight[:, perm.long()].contiguous()
+    shape = (weight.shape[0], weight.shape[1])
+    order = None if perm is None else perm.to(device=weight.device, dtype=torch.int32)
+    keep = _used(stored)
+    if pattern is not None:
+        per_group = _per_group(keep, pattern.m) if shape[1] % pattern.m == 0 else None
+        if per_group is None or bool((per_group > pattern.n).any()):
+            raise UsageError(
+                f"a weight of shape {list(shape)} keeps more than {pattern} somewhere; pack it unstructured"
+            )
+        if bool((per_group < pattern.n).any()):
+            keep = _fill(keep.view(shape[0], -1, pattern.m), pattern.n).view(shape)
+    values = torch.masked_select(stored, keep)
+    if pattern is not None:
+        values = values.view(shape[0], -1)
+    return Packed(shape, pattern, values, pack_bits(keep), order)
+
+
+def _fill(keep: torch.Tensor, n: int) -> torch.Tensor:
+    """Groups [..., m] with the first of their unused places kept too, until there are ``n``."""
+    free = ~keep
+    short = n - keep.sum(dim=-1, keepdim=True, dtype=torch.int16)
+    return keep | (free & (free.cumsum(dim=-1, dtype=torch.int16) <= short))
+
+
+def decode(packed: Packed) -> torch.Tensor:
+    """The dense weight [out, in], zeros in place."""
+    if packed.pattern == NofM(2, 4) and packed.values.itemsize == 2 and packed.shape[1] % 8 == 0:
+        weight = expand_two_of_four(packed.values, packed.mask)
+    else:
+        weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.values.device)
+        weight.masked_scatter_(unpack_bits(packed.mask, packed.shape[1]), packed.values)
+    if packed.perm is None:
+        return weight
+    original = torch.empty_like(weight)
+    original[:, packed.perm.long()] = weight
+    return original
+
+
+def unstructured(packed: Packed) -> Packed:
+    """The same weight without a pattern: zeros that were kept to fill groups are dropped."""
+    if packed.pattern is None:
+        return packed
+    n_in = packed.shape[1]
+    used = packed.values.flatten().view(_BITS[packed.values.itemsize]) != 0
+    keep = torch.zeros(packed.shape, dtype=torch.bool, device=used.device)
+    keep.masked_scatter_(unpack_bits(packed.mask, n_in), used)
+    return replace(packed, pattern=None, values=packed.values.flatten()[used], mask=pack_bits(keep))
+
+
+def rows(packed: Packed, start: int, stop: int) -> Packed:
+    """Rows ``start`` to ``stop``, copied."""
+    mask = packed.mask[start:stop].clone()
+    shape = (stop - start, packed.shape[1])
+    if packed.pattern is not None:
+        return replace(packed, shape=shape, values=packed.values[start:stop].clone(), mask=mask)
+    before = int(count_bits(packed.mask[:start]).sum())
+    values = packed.values[before : before + int(count_bits(mask).sum())].clone()
+    return replace(packed, shape=shape, values=values, mask=mask)
+
+
+def columns(packed: Packed, start: int, stop: int) -> Packed:
+    """Columns ``start`` to ``stop``, copied; unstructured where the cut goes through a group.
+
+    Raises:
+        UsageError: the columns are stored in another order, so that a range of them is no range of what is stored.
+    """
+    if (start, stop) == (0, packed.shape[1]):
+        return packed
+    if packed.perm is not None:
+        raise UsageError("columns stored in another order cannot be cut")
+    shape = (packed.shape[0], stop - start)
+    pattern = packed.pattern
+    if pattern is not None and (start % pattern.m or stop % pattern.m):
+        return columns(unstructured(packed), start, stop)
+    keep = unpack_bits(packed.mask, packed.shape[1])
+    mask = packed.mask[:, start // 8 : stop // 8].clone() if not (start % 8 or stop % 8) else None
+    if mask is None:
+        mask = pack_bits(keep[:, start:stop])
+    if pattern is not None:
+        width = slice(start * pattern.n // pattern.m, stop * pattern.n // pattern.m)
+        return replace(packed, shape=shape, values=packed.values[:, width].clone(), mask=mask)
+    inside = torch.zeros_like(keep)
+    inside[:, start:stop] = True
+    return replace(packed, shape=shape, values=packed.values[inside[keep]], mask=mask)
+
+
+def stack(parts: list[Packed]) -> Packed:
+    """Weights of one width below each other, as one; unstructured unless all have the same pattern.
+
+    Raises:
+        UsageError: their columns are stored in different orders.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    for part in parts[1:]:
+        same = part.perm is first.perm or (
+            part.perm is not None and first.perm is not None and torch.equal(part.perm, first.perm)
+        )
+        if not same:
+            raise UsageError("weights whose columns are stored in different orders cannot be stacked")
+    if any(part.pattern != first.pattern for part in parts):
+        parts = [unstructured(part) for part in parts]
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    values = torch.cat([part.values for part in parts])
+    return replace(parts[0], shape=shape, values=values, mask=torch.cat([part.mask for part in parts]))

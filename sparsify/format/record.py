@@ -1,0 +1,145 @@
+"""The tensors that hold one packed weight in a checkpoint, and the checks before any of them is believed.
+
+A weight ``<module>.weight`` is stored as
+
+========================  =======================================  =====================================================
+``<module>.weight``       [out, in * n / m], or [nnz]              values, under the ordinary name: a loader that knows
+                                                                   nothing of the format fails on the shape
+``<module>.weight_mask``  uint8 [out, ceil(in / 8)]                what is kept
+``<module>.weight_check`` int64 [8]                                format, out, in, n, m, CRC-32 of values, mask, perm
+``<module>.weight_perm``  int32 [in], only where columns moved     ``stored[:, k] = weight[:, perm[k]]``
+========================  =======================================  =====================================================
+
+n and m are 0 for unstructured, and the last check is -1 where columns did not move. A CRC-32 is that of the tensor's
+bytes, started from the CRC-32 of a line of text that names format, shape, pattern and dtype, so that a changed header
+is noticed like a changed byte.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+from sparsify.errors import ModelError
+from sparsify.format.bits import count_bits, mask_bytes, unpack_bits
+from sparsify.format.packed import DTYPES, Packed
+from sparsify.types import NofM
+
+FORMAT = 1
+VALUES, MASK, CHECK, PERM = "weight", "weight_mask", "weight_check", "weight_perm"
+PARTS = (VALUES, MASK, CHECK, PERM)
+_NO_PERM = -1
+_Refuse = Callable[[str, str], ModelError]
+_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def _crc(tensor: torch.Tensor, header: str) -> int:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(data.data, zlib.crc32(header.encode()))
+
+
+def _header(shape: tuple[int, int], pattern: tuple[int, int], dtype: torch.dtype) -> str:
+    return f"sparsify {FORMAT} {shape[0]} {shape[1]} {pattern[0]} {pattern[1]} {_DTYPE_NAMES[dtype]}"
+
+
+def to_tensors(packed: Packed) -> dict[str, torch.Tensor]:
+    """The tensors of ``packed`` by their names within the module (``PARTS``)."""
+    pattern = (0, 0) if packed.pattern is None else (packed.pattern.n, packed.pattern.m)
+    header = _header(packed.shape, pattern, packed.dtype)
+    checks = [_crc(packed.values, header), _crc(packed.mask, header)]
+    checks.append(_NO_PERM if packed.perm is None else _crc(packed.perm, header))
+    tensors = {
+        VALUES: packed.values,
+        MASK: packed.mask,
+        CHECK: torch.tensor([FORMAT, *packed.shape, *pattern, *checks], dtype=torch.int64),
+    }
+    return tensors if packed.perm is None else {**tensors, PERM: packed.perm}
+
+
+def is_complete(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether no part is missing; where the check tensor is malformed, ``from_tensors`` says so."""
+    if not {VALUES, MASK, CHECK} <= tensors.keys():
+        return False
+    check = tensors[CHECK]
+    return check.numel() != 8 or int(check.flatten()[-1]) == _NO_PERM or PERM in tensors
+
+
+def from_tensors(
+    name: str, tensors: Mapping[str, torch.Tensor], *, shape: tuple[int, int] | None = None, where: object = ""
+) -> Packed:
+    """The packed weight that ``tensors`` hold, checked against itself; nothing is computed from what is not checked.
+
+    Args:
+        name: of the module, for messages.
+        tensors: by the names of ``PARTS``.
+        shape: the dense shape that the model asks for.
+        where: file or folder, for messages.
+
+    Raises:
+        ModelError: a part is missing, of another dtype or shape, differs from its checksum, or holds what no encoder
+            writes; names the tensor.
+    """
+
+    def refuse(part: str, what: str) -> ModelError:
+        place = f"{where}: " if str(where) else ""
+        return ModelError(f"{place}tensor {name}.{part} {what}; download or export the model again")
+
+    for part in (CHECK, MASK, VALUES):
+        if part not in tensors:
+            raise refuse(part, "is missing")
+    values, mask, perm = tensors[VALUES], tensors[MASK], tensors.get(PERM)
+    size, pattern, checks = _read_check(tensors[CHECK], refuse)
+    if shape is not None and size != shape:
+        raise refuse(CHECK, f"says the weight is {list(size)}, config.json asks for {list(shape)}")
+    if values.dtype not in DTYPES:
+        raise refuse(VALUES, f"is {values.dtype}, want a 16-bit or 32-bit float")
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (size[0], mask_bytes(size[1])):
+        raise refuse(MASK, f"is {mask.dtype} {list(mask.shape)}, want uint8 {[size[0], mask_bytes(size[1])]}")
+    if values.dim() != 1 if pattern is None else tuple(values.shape) != (size[0], size[1] // pattern.m * pattern.n):
+        raise refuse(VALUES, f"has shape {list(values.shape)}, which does not belong to {tensors[CHECK].tolist()[1:5]}")
+    if perm is not None and (perm.dtype != torch.int32 or tuple(perm.shape) != (size[1],)):
+        raise refuse(PERM, f"is {perm.dtype} {list(perm.shape)}, want int32 {[size[1]]}")
+    header = _header(size, (0, 0) if pattern is None else (pattern.n, pattern.m), values.dtype)
+    for part, tensor, expected in ((VALUES, values, checks[0]), (MASK, mask, checks[1]), (PERM, perm, checks[2])):
+        if tensor is None and expected != _NO_PERM:
+            raise refuse(part, "is missing")
+        if tensor is not None and _crc(tensor, header) != expected:
+            raise refuse(part, "differs from its checksum")
+    _check_bits(mask, size[1], pattern, len(values), refuse)
+    if perm is not None and not torch.equal(perm.sort().values.cpu(), torch.arange(size[1], dtype=torch.int32)):
+        raise refuse(PERM, "is not a permutation")
+    return Packed(size, pattern, values, mask, perm)
+
+
+def _read_check(check: torch.Tensor, refuse: _Refuse) -> tuple[tuple[int, int], NofM | None, list[int]]:
+    if check.dtype != torch.int64 or tuple(check.shape) != (8,):
+        raise refuse(CHECK, f"is {check.dtype} {list(check.shape)}, want int64 [8]")
+    version, n_out, n_in, n, m, *checks = check.tolist()
+    if version != FORMAT:
+        raise refuse(CHECK, f"is of format {version}, this version reads {FORMAT}")
+    if not (0 < n_out < 1 << 31 and 0 < n_in < 1 << 31):
+        raise refuse(CHECK, f"says the weight is {[n_out, n_in]}")
+    if (n, m) != (0, 0) and not (0 < n < m and n_in % m == 0):
+        raise refuse(CHECK, f"says the pattern of {n_in} columns is {n}:{m}")
+    return (n_out, n_in), NofM(n, m) if m else None, checks
+
+
+def _check_bits(mask: torch.Tensor, n_in: int, pattern: NofM | None, n_values: int, refuse: _Refuse) -> None:
+    """A checksum can be forged: what is decoded from must also be what an encoder writes."""
+    if n_in % 8 and bool((mask[:, -1] >> (n_in % 8)).any()):
+        raise refuse(MASK, "marks columns that the weight does not have")
+    if pattern is None:
+        kept = int(count_bits(mask).sum())
+        if kept != n_values:
+            raise refuse(MASK, f"keeps {kept} weights, and {n_values} values are stored")
+        return
+    if pattern.m % 8 == 0:
+        per_group = count_bits(mask).view(mask.shape[0], -1, pattern.m // 8).sum(dim=2)
+    elif pattern.m == 4 and n_in % 8 == 0:
+        per_group = torch.stack((count_bits(mask & 15), count_bits(mask >> 4)))
+    else:
+        per_group = unpack_bits(mask, n_in).view(mask.shape[0], -1, pattern.m).sum(dim=2)
+    if not bool((per_group == pattern.n).all()):
+        raise refuse(MASK, f"does not keep {pattern} in every group")

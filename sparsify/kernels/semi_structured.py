@@ -1,0 +1,165 @@
+"""2:4 on NVIDIA GPUs through torch's operators: cuSPARSELt, and CUTLASS where that library is absent.
+
+Not yet run on a GPU. The layout of the CUTLASS metadata and the shapes of both operators are tested without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
+
+from sparsify.format.packed import Packed, decode
+from sparsify.kernels.kernel import Kernel, State, gathered
+from sparsify.kernels.library import define
+from sparsify.types import NofM
+
+# Sparse tensor cores came with this compute capability.
+_AMPERE = (8, 0)
+# Each nibble of a mask -> the two 2-bit positions of its ones, low position first.
+_INDICES = {0b0011: 0x4, 0b0101: 0x8, 0b1001: 0xC, 0b0110: 0x9, 0b1010: 0xD, 0b1100: 0xE}
+
+
+def _no_gpu(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it runs on NVIDIA GPUs only"
+    if torch.version.hip is not None:
+        return "it runs on NVIDIA GPUs only, and this is a ROCm build of torch"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= _AMPERE else f"it needs compute capability 8.0, this GPU has {capability}"
+
+
+def _no_cusparselt(device: torch.device) -> str | None:
+    return _no_gpu(device) or (
+        None if torch.backends.cusparselt.is_available() else "this build of torch has no cuSPARSELt"
+    )
+
+
+def _refuse(packed: Packed, min_rows: int, min_columns: int, multiple: int) -> str | None:
+    n_out, n_in = packed.shape
+    if packed.pattern != NofM(2, 4):
+        return f"its pattern is {packed.pattern or 'unstructured'}, not 2:4"
+    if packed.values.itemsize != 2:
+        return f"its values are {packed.dtype}, not 16 bits"
+    if n_out < min_rows or n_in < min_columns or n_out % multiple or n_in % multiple:
+        return f"its shape {n_out} x {n_in} is below {min_rows} x {min_columns} or no multiple of {multiple}"
+    return None
+
+
+def _padded(x: torch.Tensor, n_in: int) -> torch.Tensor:
+    """Tokens as rows [tokens, in], with rows of zeros up to a multiple of 8, which both libraries ask for."""
+    flat = x.reshape(-1, n_in)
+    return torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 8)).contiguous()
+
+
+def _cusparselt_linear(
+    x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None, n_out: int, n_in: int
+) -> torch.Tensor:
+    flat = _padded(x, n_in)
+    result = torch._cslt_sparse_mm(blob, flat.t(), bias=bias, transpose_result=True)
+    return result[: x.numel() // n_in].view(*x.shape[:-1], n_out)
+
+
+def _cutlass_linear(
+    x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, bias: torch.Tensor | None, n_out: int, n_in: int
+) -> torch.Tensor:
+    flat = _padded(x, n_in)
+    # The operator computes weight @ input: the product comes out transposed.
+    result = torch._sparse_semi_structured_mm(values, meta, flat.t()).t()
+    result = result[: x.numel() // n_in].contiguous()
+    result = result if bias is None else result + bias
+    return result.view(*x.shape[:-1], n_out)
+
+
+def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Of both operators, whose last two arguments are n_out and n_in."""
+    return x.new_empty((*x.shape[:-1], rest[-2]))
+
+
+_CUSPARSELT_OP = define(
+    "cusparselt_linear(Tensor x, Tensor blob, Tensor? bias, SymInt n_out, SymInt n_in) -> Tensor",
+    _cusparselt_linear,
+    _fake,
+    "CUDA",
+)
+_CUTLASS_OP = define(
+    "cutlass_linear(Tensor x, Tensor values, Tensor meta, Tensor? bias, SymInt n_out, SymInt n_in) -> Tensor",
+    _cutlass_linear,
+    _fake,
+    "CUDA",
+)
+
+
+def cutlass_meta(mask: torch.Tensor) -> torch.Tensor:
+    """CUTLASS metadata int16 [out, in / 16] of a 2:4 ``mask`` uint8 [out, in / 8], for 16-bit values.
+
+    The nibble of a group names the two kept positions, two bits each; four groups make an int16, and the int16 values
+    are then stored in the order the tensor cores read them, which is torch's own permutation.
+    """
+    table = torch.zeros(256, dtype=torch.uint8)
+    for low, a in _INDICES.items():
+        for high, b in _INDICES.items():
+            table[low | high << 4] = a | b << 4
+    n_out, width = mask.shape
+    packed = table.to(mask.device)[mask.int()].view(torch.int16)
+    offsets = _calculate_meta_reordering_scatter_offsets(  # type: ignore[no-untyped-call]
+        n_out, width // 2, torch.int16, mask.device
+    )
+    meta = torch.empty(n_out * (width // 2), dtype=torch.int16, device=mask.device)
+    meta.scatter_(0, offsets.long(), packed.reshape(-1))
+    return meta.view(n_out, width // 2)
+
+
+def _perm(packed: Packed) -> dict[str, torch.Tensor]:
+    return {} if packed.perm is None else {"perm": packed.perm}
+
+
+def _without_perm(packed: Packed) -> Packed:
+    return Packed(packed.shape, packed.pattern, packed.values, packed.mask)
+
+
+def _prepare_cusparselt(packed: Packed) -> State:
+    # The library's own layout is not documented; one dense weight exists for as long as it takes to compress it.
+    blob = torch._cslt_compress(decode(_without_perm(packed)))
+    return State({"blob": blob, **_perm(packed)}, {"n_out": packed.shape[0], "n_in": packed.shape[1]})
+
+
+def _prepare_cutlass(packed: Packed) -> State:
+    tensors = {"values": packed.values.contiguous(), "meta": cutlass_meta(packed.mask), **_perm(packed)}
+    return State(tensors, {"n_out": packed.shape[0], "n_in": packed.shape[1]})
+
+
+def _run_cusparselt(
+    x: torch.Tensor, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    result: torch.Tensor = _CUSPARSELT_OP(gathered(x, tensors), tensors["blob"], bias, sizes["n_out"], sizes["n_in"])
+    return result
+
+
+def _run_cutlass(
+    x: torch.Tensor, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], bias: torch.Tensor | None
+) -> torch.Tensor:
+    result: torch.Tensor = _CUTLASS_OP(
+        gathered(x, tensors), tensors["values"], tensors["meta"], bias, sizes["n_out"], sizes["n_in"]
+    )
+    return result
+
+
+CUSPARSELT = Kernel(
+    "cusparselt",
+    "2:4 on NVIDIA GPUs from Ampere on, through cuSPARSELt",
+    absent=_no_cusparselt,
+    refuse=lambda packed: _refuse(packed, 16, 16, 16),
+    prepare=_prepare_cusparselt,
+    linear=_run_cusparselt,
+)
+CUTLASS = Kernel(
+    "cutlass",
+    "2:4 on NVIDIA GPUs from Ampere on, through CUTLASS",
+    absent=_no_gpu,
+    refuse=lambda packed: _refuse(packed, 32, 64, 32),
+    prepare=_prepare_cutlass,
+    linear=_run_cutlass,
+)
