@@ -1,0 +1,84 @@
+"""Which kernel computes with each linear of a served model, as the engine's own process knows it.
+
+The plugin fills a ``Record`` while a model loads. When the last linear is ready it says so once in the log and, where
+``SPARSIFY_ENGAGED_DIR`` names a folder, writes ``<pid>.json`` there, since the engine may be another process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FOLDER = "SPARSIFY_ENGAGED_DIR"
+
+
+@dataclass(frozen=True)
+class Engaged:
+    """How one linear runs on one rank.
+
+    Attributes:
+        kernel: name of the sparse kernel, or ``dense``.
+        pattern: of the weight as it was loaded: ``2:4``, ``unstructured``, ``dense``.
+        reason: why it is dense although something else was asked for; else empty.
+        dense_bytes: the weight without packing.
+        resident_bytes: what stays in memory of it.
+    """
+
+    kernel: str
+    pattern: str
+    reason: str
+    dense_bytes: int
+    resident_bytes: int
+
+
+@dataclass
+class Record:
+    """The linears of one model on one rank: ``expected`` names, and those that are ready."""
+
+    rank: int = 0
+    expected: set[str] = field(default_factory=set)
+    linears: dict[str, Engaged] = field(default_factory=dict)
+
+    def ready(self, name: str, engaged: Engaged, log: logging.Logger) -> None:
+        """Note that ``name`` can compute; after the last one the model is reported."""
+        self.linears[name] = engaged
+        if self.expected <= self.linears.keys():
+            log.info("%s", self.summary())
+            self.write()
+
+    def summary(self) -> str:
+        """One line: how many linears run by which kernel and why, and their memory."""
+        groups = Counter((e.kernel, e.pattern, e.reason) for e in self.linears.values())
+        parts = [
+            f"{n} x {pattern} by {kernel}" + (f" ({reason})" if reason else "")
+            for (kernel, pattern, reason), n in sorted(groups.items())
+        ]
+        resident = sum(e.resident_bytes for e in self.linears.values())
+        dense = sum(e.dense_bytes for e in self.linears.values())
+        return (
+            f"sparsify: rank {self.rank}, linears: {'; '.join(parts)}; "
+            f"{resident / 1e6:.1f} MB of weights in memory, {dense / 1e6:.1f} MB if all were dense"
+        )
+
+    def write(self) -> None:
+        """Write the record where ``SPARSIFY_ENGAGED_DIR`` asks for it."""
+        folder = os.environ.get(FOLDER)
+        if not folder:
+            return
+        path = Path(folder) / f"{os.getpid()}.json"
+        body = {"rank": self.rank, "linears": {name: asdict(entry) for name, entry in self.linears.items()}}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(body), encoding="utf-8")
+        temporary.replace(path)
+
+
+RECORDS: list[Record] = []
+
+
+def engaged() -> dict[str, str]:
+    """Linear -> kernel, over the models that this process has loaded through the plugin, the last one winning."""
+    return {name: entry.kernel for record in RECORDS for name, entry in record.linears.items()}
