@@ -100,6 +100,18 @@ def _batches(tensors: Iterator[dict[str, torch.Tensor]], limit: int) -> Iterator
         yield batch
 
 
+# The (pattern, order) that a linear of a parameter was pruned in, each once: its bytes are the key of an order.
+_Layouts = dict[tuple[NofM, bytes], torch.Tensor | None]
+
+
+def _has_layout(weight: torch.Tensor, pattern: NofM, perm: torch.Tensor | None) -> bool:
+    """True if ``pattern`` holds in ``weight`` [out, in] with its columns in the order ``perm``."""
+    if perm is None:
+        return fits(weight, pattern)
+    # Each of a hundred experts may have an order of its own; a few rows tell it from all the others.
+    return len(perm) == weight.shape[1] and all(fits(part[:, perm], pattern) for part in (weight[:8], weight))
+
+
 class _Plan:
     """Which stored tensors hold pruned linears, and what has been written of them so far."""
 
@@ -110,17 +122,23 @@ class _Plan:
         rows = {row["name"]: row for row in linears}
         recorded = any(row.get("permuted") == "recorded" for row in linears)
         orders = read_permutations(checkpoint / PERMUTATIONS) if recorded else {}
-        # Stored tensor -> patterns it may have. Experts are stored in several tensors for one fused parameter, whose
-        # names are the family's own; which of its linears a tensor holds is seen from its zeros.
-        self.patterns: dict[str, list[NofM | None]] = {}
-        self.orders: dict[str, torch.Tensor] = {}
+        parameters: dict[str, _Layouts] = {}
         for spec in (spec for block in skeleton.linears for spec in block if spec.name in rows):
             row = rows[spec.name]
-            parsed = parse_pattern(row["pattern"], None, f"{spec.name}: pattern")
-            for name in binding.stored_for(spec.parameter):
-                self.patterns.setdefault(name, []).append(parsed if isinstance(parsed, NofM) else None)
-                if row.get("permuted") == "recorded":
-                    self.orders[name] = orders[spec.name]
+            pattern = parse_pattern(row["pattern"], None, f"{spec.name}: pattern")
+            layouts = parameters.setdefault(spec.parameter, {})
+            if not isinstance(pattern, NofM):
+                continue
+            order = orders.get(spec.name) if row.get("permuted") == "recorded" else None
+            if order is None and row.get("permuted") == "recorded":
+                raise ModelError(f"{checkpoint / PERMUTATIONS}: entry {spec.name} is missing; prune again")
+            layouts[pattern, b"" if order is None else order.numpy().tobytes()] = order
+        # Experts are stored in several tensors for one fused parameter, whose names are the family's own; which of its
+        # linears a tensor holds is seen from its zeros.
+        self.layouts: dict[str, _Layouts] = {}
+        for parameter, layouts in parameters.items():
+            for name in binding.stored_for(parameter):
+                self.layouts.setdefault(name, {}).update(layouts)
         self.packed: dict[str, int] = {}
         self.dense_matrices: list[str] = []
         self.left_dense = self.packed_bytes = self.dense_bytes = 0
@@ -129,7 +147,7 @@ class _Plan:
         """What to write, one stored tensor or the parts of one packed weight at a time."""
         order = sorted(self.reader.tensors.items(), key=lambda item: (item[1].file, item[0]))
         for name, tensor in self.reader.read(name for name, _ in order):
-            packed = self._pack(name, tensor) if name in self.patterns else None
+            packed = self._pack(name, tensor) if name in self.layouts else None
             if packed is None:
                 if tensor.dim() == 2 and name.endswith(".weight"):
                     self.dense_matrices.append(name)
@@ -147,11 +165,12 @@ class _Plan:
         if tensor.dim() != 2 or tensor.dtype not in DTYPES or not name.endswith(".weight"):
             self.left_dense += 1
             return None
-        perm = self.orders.get(name)
-        stored = tensor if perm is None else tensor[:, perm]
-        pattern = next((p for p in self.patterns[name] if p is not None and fits(stored, p)), None)
+        # What fits 1:4 fits 2:4 too, with zeros among the values: the pattern that keeps least is tried first.
+        layouts = sorted(self.layouts[name].items(), key=lambda item: item[0][0].n / item[0][0].m)
+        found = ((pattern, perm) for (pattern, _), perm in layouts if _has_layout(tensor, pattern, perm))
+        pattern, perm = next(found, (None, None))
         try:
-            packed = encode(tensor, pattern, None if pattern is None else perm)
+            packed = encode(tensor, pattern, perm)
         except UsageError as error:
             raise ModelError(f"{self.reader.tensors[name].file}: tensor {name}: {error}") from error
         if packed.n_bytes >= tensor.nbytes:

@@ -18,8 +18,12 @@ def pack_bits(keep: torch.Tensor) -> torch.Tensor:
     padding = -n_in % 8
     if padding:
         keep = torch.nn.functional.pad(keep, (0, padding))
+    flat = keep.contiguous().flatten()
+    if flat.storage_offset() % 8:
+        # A cut out of one row is contiguous where it starts, and integers are read at multiples of their size only.
+        flat = flat.clone()
     # Eight bools are eight bytes of 0 and 1, read as one integer; the product moves bit 8j to bit 56 + j.
-    lanes = keep.contiguous().view(torch.uint8).view(torch.int64)
+    lanes = flat.view(torch.uint8).view(torch.int64)
     return ((lanes * 0x0102040810204080) >> 56).to(torch.uint8).reshape(n_out, mask_bytes(n_in))
 
 

@@ -154,7 +154,7 @@ def rows(packed: Packed, start: int, stop: int) -> Packed:
 
 
 def columns(packed: Packed, start: int, stop: int) -> Packed:
-    """Columns ``start`` to ``stop``, copied; unstructured where the cut goes through a group.
+    """Columns ``start`` to ``stop``, copied unless that is all; unstructured where the cut goes through a group.
 
     Raises:
         UsageError: the columns are stored in another order, so that a range of them is no range of what is stored.
@@ -183,12 +183,14 @@ def stack(parts: list[Packed]) -> Packed:
     """Weights of one width below each other, as one; unstructured unless all have the same pattern.
 
     Raises:
-        UsageError: their columns are stored in different orders.
+        UsageError: their widths differ, or their columns are stored in different orders.
     """
     if len(parts) == 1:
         return parts[0]
     first = parts[0]
     for part in parts[1:]:
+        if part.shape[1] != first.shape[1]:
+            raise UsageError(f"weights of {first.shape[1]} and {part.shape[1]} columns cannot be stacked")
         same = part.perm is first.perm or (
             part.perm is not None and first.perm is not None and torch.equal(part.perm, first.perm)
         )

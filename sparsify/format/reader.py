@@ -10,7 +10,7 @@ import torch
 from sparsify.checkpoint import CheckpointReader, TensorInfo, read_config, read_tensors
 from sparsify.errors import ModelError
 from sparsify.format.packed import Packed, decode
-from sparsify.format.record import CHECK, MASK, PERM, VALUES, from_tensors
+from sparsify.format.record import CHECK, MASK, PARTS, PERM, VALUES, from_tensors
 from sparsify.format.storage import KEY, read_storage
 
 
@@ -29,7 +29,7 @@ class CompressedReader(CheckpointReader):
         super().__init__(folder)
         self.stored = self.tensors
         self.packed = sorted(name.removesuffix(f".{CHECK}") for name in self.stored if name.endswith(f".{CHECK}"))
-        hidden = {f"{module}.{part}" for module in self.packed for part in (VALUES, MASK, CHECK, PERM)}
+        hidden = {f"{module}.{part}" for module in self.packed for part in PARTS}
         self.tensors = {name: info for name, info in self.stored.items() if name not in hidden}
         for name in self.tensors:
             if name.endswith((f".{MASK}", f".{PERM}")):
@@ -39,10 +39,19 @@ class CompressedReader(CheckpointReader):
             values = self.stored.get(f"{module}.{VALUES}")
             if values is None:
                 raise ModelError(f"{self.stored[name].file}: tensor {module}.{VALUES} is missing; export again")
-            shape = tuple(check.flatten()[1:3].tolist())
-            if check.dtype != torch.int64 or tuple(check.shape) != (8,) or min(shape) < 1:
+            # Nothing is read from it before its dtype is known: there are some that torch cannot make numbers of.
+            sound = check.dtype == torch.int64 and tuple(check.shape) == (8,)
+            shape = tuple(check.tolist()[1:3]) if sound else ()
+            if not sound or min(shape) < 1:
                 raise ModelError(f"{self.stored[name].file}: tensor {name} is malformed; export the model again")
             self.tensors[f"{module}.{VALUES}"] = TensorInfo(values.file, shape, values.dtype)
+
+    def _parts(self, module: str) -> list[str]:
+        return [name for part in PARTS if (name := f"{module}.{part}") in self.stored]
+
+    def _join(self, module: str, tensors: dict[str, torch.Tensor]) -> Packed:
+        parts = {name.removeprefix(f"{module}."): tensor for name, tensor in tensors.items()}
+        return from_tensors(module, parts, where=self.stored[f"{module}.{CHECK}"].file)
 
     def read_packed(self, module: str) -> Packed:
         """The packed weight of ``module``, checked.
@@ -50,22 +59,30 @@ class CompressedReader(CheckpointReader):
         Raises:
             ModelError: names the tensor that is missing, damaged or not what an encoder writes.
         """
-        names = [name for part in (VALUES, MASK, CHECK, PERM) if (name := f"{module}.{part}") in self.stored]
-        tensors = {name.rpartition(".")[2]: tensor for name, tensor in read_tensors(self.stored, names)}
-        return from_tensors(module, tensors, where=self.stored[f"{module}.{CHECK}"].file)
+        return self._join(module, dict(read_tensors(self.stored, self._parts(module))))
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor), dense and with the stored dtype.
+        """Yield (name, tensor), dense and with the stored dtype, grouped by shard; each shard is opened once.
 
         Raises:
             ModelError: as ``read_packed``, and for a truncated shard.
         """
         packed = {f"{module}.{VALUES}": module for module in self.packed}
-        wanted = list(names)
-        yield from read_tensors(self.stored, (name for name in wanted if name not in packed))
-        for name in wanted:
-            if name in packed:
-                yield name, decode(self.read_packed(packed[name]))
+        wanted = list(dict.fromkeys(names))
+        missing = {packed[name]: self._parts(packed[name]) for name in wanted if name in packed}
+        owner = {part: module for module, parts in missing.items() for part in parts}
+        stored = (part for name in wanted for part in (missing[packed[name]] if name in packed else [name]))
+        # Parts of a weight whose others lie in a later shard.
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in read_tensors(self.stored, stored):
+            if name not in owner:
+                yield name, tensor
+                continue
+            module = owner[name]
+            parts = found.setdefault(module, {})
+            parts[name] = tensor
+            if len(parts) == len(missing[module]):
+                yield f"{module}.{VALUES}", decode(self._join(module, found.pop(module)))
 
 
 def open_checkpoint(folder: Path) -> CheckpointReader:

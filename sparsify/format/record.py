@@ -10,9 +10,10 @@ A weight ``<module>.weight`` is stored as
 ``<module>.weight_perm``  int32 [in], only where columns moved     ``stored[:, k] = weight[:, perm[k]]``
 ========================  =======================================  =====================================================
 
-n and m are 0 for unstructured, and the last check is -1 where columns did not move. A CRC-32 is that of the tensor's
-bytes, started from the CRC-32 of a line of text that names format, shape, pattern and dtype, so that a changed header
-is noticed like a changed byte.
+Bit j of byte b of a row of the mask is column 8b + j; values are stored row by row in the order of columns. n and m are
+0 for unstructured, and the last check is -1 where columns did not move. A CRC-32 is that of the tensor's bytes as
+safetensors stores them, started from the CRC-32 of the ASCII text ``sparsify 1 <out> <in> <n> <m> <dtype>`` (dtype of
+the values: BF16, F16 or F32), so that a changed header is noticed like a changed byte.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def is_complete(tensors: Mapping[str, torch.Tensor]) -> bool:
     if not {VALUES, MASK, CHECK} <= tensors.keys():
         return False
     check = tensors[CHECK]
-    return check.numel() != 8 or int(check.flatten()[-1]) == _NO_PERM or PERM in tensors
+    malformed = check.dtype != torch.int64 or check.numel() != 8
+    return malformed or int(check.flatten()[-1]) == _NO_PERM or PERM in tensors
 
 
 def from_tensors(
@@ -107,7 +109,7 @@ def from_tensors(
             raise refuse(part, "is missing")
         if tensor is not None and _crc(tensor, header) != expected:
             raise refuse(part, "differs from its checksum")
-    _check_bits(mask, size[1], pattern, len(values), refuse)
+    check_bits(mask, size[1], pattern, len(values), refuse)
     if perm is not None and not torch.equal(perm.sort().values.cpu(), torch.arange(size[1], dtype=torch.int32)):
         raise refuse(PERM, "is not a permutation")
     return Packed(size, pattern, values, mask, perm)
@@ -126,7 +128,7 @@ def _read_check(check: torch.Tensor, refuse: _Refuse) -> tuple[tuple[int, int], 
     return (n_out, n_in), NofM(n, m) if m else None, checks
 
 
-def _check_bits(mask: torch.Tensor, n_in: int, pattern: NofM | None, n_values: int, refuse: _Refuse) -> None:
+def check_bits(mask: torch.Tensor, n_in: int, pattern: NofM | None, n_values: int, refuse: _Refuse) -> None:
     """A checksum can be forged: what is decoded from must also be what an encoder writes."""
     if n_in % 8 and bool((mask[:, -1] >> (n_in % 8)).any()):
         raise refuse(MASK, "marks columns that the weight does not have")

@@ -37,7 +37,7 @@ def read_storage(value: Any, where: object = "config.json") -> Storage | None:
     if not isinstance(value, Mapping) or value.get("quant_method") != METHOD:
         return None
     version, ignore = value.get("format"), value.get("ignore", [])
-    if version != FORMAT or isinstance(version, bool):
+    if type(version) is not int or version != FORMAT:
         raise ModelError(
             f"{where}: key {KEY}.format is {version!r}, this version of sparsify reads {FORMAT}; upgrade it"
         )

@@ -1,0 +1,584 @@
+"""The compressed storage of one weight: exact both ways, for readers of others too, and nothing malformed believed."""
+
+import json
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import save
+
+from sparsify.errors import ModelError, UsageError
+from sparsify.format.bits import count_bits, pack_bits, unpack_bits
+from sparsify.format.packed import DTYPES, Packed, columns, decode, encode, fits, rows, stack, unstructured
+from sparsify.format.record import CHECK, MASK, PERM, VALUES, from_tensors, is_complete, to_tensors
+from sparsify.types import NofM, parse_pattern
+
+Tensors = dict[str, torch.Tensor]
+
+PATTERNS = [NofM(1, 2), NofM(2, 4), NofM(1, 4), NofM(4, 8), NofM(8, 16), NofM(16, 32), NofM(3, 7)]
+NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def bits(weight: torch.Tensor) -> torch.Tensor:
+    """As integers: -0.0 is not 0.0, and a NaN is itself."""
+    return weight.contiguous().view({2: torch.int16, 4: torch.int32}[weight.itemsize])
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+def random_weight(
+    n_out: int, n_in: int, dtype: torch.dtype, pattern: NofM | None = None, seed: int = 0, share: float = 0.5
+) -> torch.Tensor:
+    """Random bits, NaNs and infinities among them: up to n in a group of m, or a ``share`` of all places."""
+    generator = torch.Generator().manual_seed(seed)
+    integer = torch.int16 if dtype.itemsize == 2 else torch.int32
+    limits = torch.iinfo(integer)
+    anything = torch.randint(limits.min, limits.max + 1, (n_out, n_in), generator=generator).to(integer)
+    order = torch.rand(n_out, n_in, generator=generator)
+    if pattern is None:
+        keep = order < share
+    else:
+        groups = order.view(n_out, -1, pattern.m)
+        at_most = torch.randint(0, pattern.n + 1, groups.shape[:2], generator=generator).unsqueeze(2)
+        keep = (groups.argsort(dim=2).argsort(dim=2) < at_most).view(n_out, n_in)
+    return torch.where(keep, anything, 0).to(integer).view(dtype)
+
+
+def random_order(n_in: int, seed: int = 0) -> torch.Tensor:
+    return torch.randperm(n_in, generator=torch.Generator().manual_seed(seed))
+
+
+def read_by_another(file: bytes, module: str) -> NDArray[Any]:
+    """The bits of a weight in a safetensors file: what somebody wrote who has only read the docstring of ``record``."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+
+    def part(name: str, kind: str) -> NDArray[Any]:
+        entry = header[f"{module}.{name}"]
+        first, last = (start + offset for offset in entry["data_offsets"])
+        return np.frombuffer(file[first:last], kind).reshape(entry["shape"])
+
+    dtype = header[f"{module}.weight"]["dtype"]
+    version, n_out, n_in, n, m, *checks = part("weight_check", "<i8").tolist()
+    values, mask = part("weight", {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}[dtype]), part("weight_mask", "u1")
+    perm = part("weight_perm", "<i4") if checks[2] != -1 else None
+    line = zlib.crc32(f"sparsify {version} {n_out} {n_in} {n} {m} {dtype}".encode())
+    assert checks == [-1 if tensor is None else zlib.crc32(tensor.tobytes(), line) for tensor in (values, mask, perm)]
+    keep = np.unpackbits(mask, axis=1, bitorder="little")[:, :n_in] == 1
+    if m:
+        assert (keep.reshape(n_out, -1, m).sum(axis=2) == n).all()
+    stored = np.zeros((n_out, n_in), values.dtype)
+    stored[keep] = values.flatten()
+    weight = np.empty_like(stored)
+    weight[:, slice(None) if perm is None else perm] = stored
+    return weight
+
+
+def assert_holds(packed: Packed, weight: torch.Tensor) -> None:
+    """``packed`` is ``weight``: decoded, stored and read again, and to a reader that shares no code with ours."""
+    assert packed.shape == tuple(weight.shape)
+    assert same(decode(packed), weight)
+    tensors = to_tensors(packed)
+    assert tensors[MASK].shape == (weight.shape[0], (weight.shape[1] + 7) // 8)
+    assert same(decode(from_tensors("m", tensors, shape=packed.shape)), weight)
+    file = save({f"m.{part}": tensor.contiguous() for part, tensor in tensors.items()})
+    unsigned = f"u{weight.itemsize}"
+    assert np.array_equal(read_by_another(file, "m"), bits(weight).numpy().view(unsigned))
+
+
+# --- exact ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(PATTERNS), st.sampled_from(DTYPES), st.integers(1, 6), st.integers(1, 6),
+    st.booleans(), st.integers(0, 10**6),
+)  # fmt: skip
+def test_patterns_come_back_bit_for_bit(
+    pattern: NofM, dtype: torch.dtype, n_out: int, n_groups: int, moved: bool, seed: int
+) -> None:
+    n_in = n_groups * pattern.m
+    stored = random_weight(n_out, n_in, dtype, pattern, seed)
+    perm = random_order(n_in, seed) if moved else None
+    weight = stored
+    if perm is not None:
+        weight = torch.empty_like(stored)
+        weight[:, perm] = stored
+    packed = encode(weight, pattern, perm)
+    assert packed.values.shape == (n_out, n_groups * pattern.n)
+    assert_holds(packed, weight)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(DTYPES), st.integers(1, 6), st.integers(1, 45), st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    st.booleans(), st.integers(0, 10**6),
+)  # fmt: skip
+def test_any_zeros_come_back_bit_for_bit(
+    dtype: torch.dtype, n_out: int, n_in: int, share: float, moved: bool, seed: int
+) -> None:
+    weight = random_weight(n_out, n_in, dtype, None, seed, share)
+    packed = encode(weight, None, random_order(n_in, seed) if moved else None)
+    assert packed.values.shape == (int((bits(weight) != 0).sum()),)
+    assert_holds(packed, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", [*PATTERNS, None])
+def test_the_ends_of_the_scale(dtype: torch.dtype, pattern: NofM | None) -> None:
+    n_in = 3 * pattern.m if pattern else 23
+    for n_out in (1, 5):
+        assert_holds(encode(torch.zeros(n_out, n_in, dtype=dtype), pattern), torch.zeros(n_out, n_in, dtype=dtype))
+    if pattern is None:
+        for shape in ((1, 1), (9, 1), (1, 9), (4, 8), (4, 23)):
+            assert_holds(encode(torch.ones(shape, dtype=dtype)), torch.ones(shape, dtype=dtype))
+    else:
+        one_group = random_weight(1, pattern.m, dtype, pattern)
+        assert_holds(encode(one_group, pattern), one_group)
+
+
+def test_nans_keep_their_payload() -> None:
+    payloads = torch.tensor([[0x7FC1, 0, 0, -1, 0, 0x7F81, -0x7F, 0]], dtype=torch.int16)
+    weight = payloads.view(torch.bfloat16)
+    assert int(weight.isnan().sum()) == 4
+    for pattern in (NofM(2, 4), NofM(4, 8), None):
+        assert bits(decode(encode(weight, pattern))).tolist() == payloads.tolist()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_groups_with_too_few_values_are_filled_with_their_first_zeros(pattern: NofM) -> None:
+    weight = torch.zeros(2, 2 * pattern.m)
+    weight[1, -1] = 3.0
+    packed = encode(weight, pattern)
+    keep = np.unpackbits(packed.mask.numpy(), axis=1, bitorder="little")[:, : 2 * pattern.m].reshape(2, 2, pattern.m)
+    assert (keep[:, 0, : pattern.n] == 1).all()
+    assert keep[1, 1].tolist() == [1] * (pattern.n - 1) + [0] * (pattern.m - pattern.n) + [1]
+    assert packed.values[1].tolist() == [0.0] * (2 * pattern.n - 1) + [3.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_minus_zero_is_a_value(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[1, 0, 2, 0, 0, 0, 3, 0]], dtype=dtype)
+    assert fits(weight, NofM(2, 4))
+    weight[0, 1] = -0.0
+    assert not fits(weight, NofM(2, 4))
+    with pytest.raises(UsageError, match="more than 2:4"):
+        encode(weight, NofM(2, 4))
+    packed = encode(weight)
+    assert packed.values.tolist() == [1, 0, 2, 3]
+    assert_holds(packed, weight)
+    # Where there is room for it the pattern holds.
+    assert_holds(encode(weight, NofM(4, 8)), weight)
+
+
+def test_a_pattern_that_holds_in_another_order_only() -> None:
+    weight = torch.tensor([[1.0, 2, 3, 4, 0, 0, 0, 0]])
+    assert not fits(weight, NofM(2, 4))
+    perm = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    packed = encode(weight, NofM(2, 4), perm)
+    assert packed.values.tolist() == [[1, 2, 3, 4]]
+    assert packed.perm is not None
+    assert packed.perm.dtype == torch.int32
+    assert_holds(packed, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_more_groups_than_are_expanded_at_a_time(dtype: torch.dtype) -> None:
+    weight = random_weight(263, 1024, dtype, NofM(2, 4))
+    packed = encode(weight, NofM(2, 4))
+    assert same(decode(packed), weight)
+    # Kernels expand views of a few rows.
+    part = Packed((2, 1024), packed.pattern, packed.values[261:], packed.mask[261:])
+    assert same(decode(part), weight[261:])
+
+
+@pytest.mark.parametrize("pattern", [NofM(2, 4), NofM(4, 8), None])
+def test_weights_need_not_be_contiguous(pattern: NofM | None) -> None:
+    weight = random_weight(8, 16, torch.float16, pattern)
+    assert_holds(encode(weight.t().contiguous().t(), pattern), weight)
+    assert_holds(encode(torch.cat((weight, weight), dim=1)[:, :16], pattern), weight)
+
+
+def test_two_of_four_in_sixteen_bits_costs_nine_sixteenths() -> None:
+    weight = random_weight(64, 128, torch.bfloat16, NofM(2, 4))
+    packed = encode(weight, NofM(2, 4))
+    assert packed.n_bytes * 16 == weight.nbytes * 9
+    assert sum(tensor.nbytes for tensor in to_tensors(packed).values()) == packed.n_bytes + 64
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 10**6))
+def test_bitmasks_are_those_of_numpy(n_out: int, n_in: int, seed: int) -> None:
+    keep = np.random.default_rng(seed).random((n_out, n_in)) < 0.5
+    mask = pack_bits(torch.from_numpy(keep))
+    assert np.array_equal(mask.numpy(), np.packbits(keep, axis=1, bitorder="little"))
+    assert np.array_equal(unpack_bits(mask, n_in).numpy(), keep)
+    assert count_bits(mask).sum(dim=1).tolist() == keep.sum(axis=1).tolist()
+    for start in range(0, n_in - 8, 3):
+        cut = torch.from_numpy(keep)[-1:, start : start + 8]
+        assert np.array_equal(pack_bits(cut).numpy(), np.packbits(cut.numpy(), axis=1, bitorder="little"))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_values_in_another_dtype(moved: bool) -> None:
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    weight.view(6, 4, 4)[:, :, 1:3] = 0
+    perm = random_order(4).repeat(4) + 4 * torch.arange(4).repeat_interleave(4) if moved else None
+    packed = encode(weight, NofM(2, 4), perm)
+    for converted in (packed.to(torch.bfloat16), packed.to("cpu", torch.bfloat16), packed.to(torch.bfloat16).to("cpu")):
+        assert converted.dtype == torch.bfloat16
+        assert same(decode(converted), weight.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(4), torch.zeros(2, 2, 4), torch.zeros(2, 4).double(), torch.zeros(2, 4).char(), torch.ones(2, 4),
+     torch.zeros(2, 6), torch.tensor(0.0), torch.zeros(2, 4, dtype=torch.float8_e4m3fn)],
+)  # fmt: skip
+def test_what_cannot_be_packed_is_refused(weight: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match="pack"):
+        encode(weight, NofM(2, 4))
+
+
+# --- cut and stacked -----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[torch.Tensor, NofM | None]:
+    pattern = draw(st.sampled_from([*PATTERNS, None, None]))
+    n_in = draw(st.integers(1, 5)) * pattern.m if pattern else draw(st.integers(1, 45))
+    dtype = draw(st.sampled_from(DTYPES))
+    return random_weight(draw(st.integers(1, 6)), n_in, dtype, pattern, draw(st.integers(0, 10**6))), pattern
+
+
+def interval(data: st.DataObject, size: int, step: int = 1) -> tuple[int, int]:
+    start = data.draw(st.integers(0, size // step - 1))
+    return step * start, step * data.draw(st.integers(start + 1, size // step))
+
+
+def assert_owns(packed: Packed) -> None:
+    """It keeps nothing alive but itself: a rank that holds a cut must not hold the whole."""
+    for tensor in (packed.values, packed.mask):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights(), st.data())
+def test_rows_are_those_of_the_dense_weight(case: tuple[torch.Tensor, NofM | None], data: st.DataObject) -> None:
+    weight, pattern = case
+    packed = encode(weight, pattern)
+    start, stop = interval(data, weight.shape[0])
+    cut = rows(packed, start, stop)
+    assert cut.pattern == pattern
+    assert_owns(cut)
+    assert_holds(cut, weight[start:stop])
+    assert_holds(packed, weight)
+
+
+@settings(max_examples=250, deadline=None)
+@given(weights(), st.booleans(), st.data())
+def test_columns_are_those_of_the_dense_weight(
+    case: tuple[torch.Tensor, NofM | None], between: bool, data: st.DataObject
+) -> None:
+    weight, pattern = case
+    packed = encode(weight, pattern)
+    start, stop = interval(data, weight.shape[1], pattern.m if pattern and between else 1)
+    cut = columns(packed, start, stop)
+    assert (cut.pattern is None) == (pattern is None or bool(start % pattern.m or stop % pattern.m))
+    assert_owns(cut)
+    assert_holds(cut, weight[:, start:stop])
+    # A cut of a cut.
+    first, last = interval(data, stop - start)
+    assert_holds(columns(cut, first, last), weight[:, start:stop][:, first:last])
+    assert_holds(packed, weight)
+
+
+def test_cuts_of_one_row_at_any_place() -> None:
+    weight = random_weight(1, 64, torch.float16, NofM(2, 4))
+    for packed in (encode(weight), encode(weight, NofM(2, 4))):
+        for start in range(64):
+            for stop in range(start + 1, 65):
+                assert same(decode(columns(packed, start, stop)), weight[:, start:stop])
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights(), st.booleans(), st.data())
+def test_stacked_is_concatenated(case: tuple[torch.Tensor, NofM | None], alike: bool, data: st.DataObject) -> None:
+    weight, pattern = case
+    other = pattern if alike else None
+    below = random_weight(3, weight.shape[1], weight.dtype, other, seed=1)
+    parts = [encode(weight, pattern), encode(below, other), encode(weight, pattern)]
+    whole, dense = stack(parts), torch.cat((weight, below, weight))
+    assert whole.pattern == other
+    assert_holds(whole, dense)
+    start, stop = interval(data, len(dense))
+    assert_holds(rows(whole, start, stop), dense[start:stop])
+    assert stack(parts[:1]) is parts[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights(), st.booleans())
+def test_unstructured_drops_what_filled_the_groups(case: tuple[torch.Tensor, NofM | None], moved: bool) -> None:
+    weight, pattern = case
+    perm = random_order(weight.shape[1]) if moved else None
+    packed = encode(weight if perm is None else weight[:, perm.argsort()], pattern, perm)
+    loose = unstructured(packed)
+    assert loose.pattern is None
+    assert len(loose.values) == int((bits(weight) != 0).sum())
+    assert_holds(loose, decode(packed))
+
+
+def test_weights_in_another_order_are_cut_by_rows_only() -> None:
+    weight = random_weight(6, 16, torch.bfloat16, NofM(2, 4))
+    perm, other = random_order(16, 1), random_order(16, 2)
+    moved = encode(weight[:, perm.argsort()], NofM(2, 4), perm)
+    assert_holds(rows(moved, 1, 4), weight[1:4][:, perm.argsort()])
+    assert columns(moved, 0, 16) is moved
+    again = encode(weight[:, perm.argsort()], NofM(2, 4), perm.clone())
+    assert_holds(stack([moved, again]), torch.cat((weight, weight))[:, perm.argsort()])
+    with pytest.raises(UsageError, match="another order"):
+        columns(moved, 0, 8)
+    for odd in (encode(weight, NofM(2, 4)), encode(weight[:, other.argsort()], NofM(2, 4), other)):
+        for pair in ([moved, odd], [odd, moved]):
+            with pytest.raises(UsageError, match="different orders"):
+                stack(pair)
+
+
+# --- stored, and what must not be believed ---------------------------------------------------------------------------
+
+
+def stored(kind: str) -> Tensors:
+    """The parts of a weight with a pattern, without one, of an odd width, or in another order; no two bytes shared."""
+    weight, pattern, perm = {
+        "2:4": (random_weight(8, 16, torch.bfloat16, NofM(2, 4), 1), NofM(2, 4), None),
+        "3:7": (random_weight(4, 14, torch.float16, NofM(3, 7), 2), NofM(3, 7), None),
+        "odd": (random_weight(3, 13, torch.float32, None, 3), None, None),
+        "moved": (random_weight(8, 16, torch.bfloat16, NofM(2, 4), 4), NofM(2, 4), random_order(16, 4)),
+    }[kind]
+    packed = encode(weight if perm is None else weight[:, perm.argsort()], pattern, perm)
+    return {part: tensor.clone() for part, tensor in to_tensors(packed).items()}
+
+
+def forge(tensors: Tensors) -> None:
+    """Make the checksums right for whatever the parts hold now."""
+    check = tensors[CHECK]
+    line = zlib.crc32(f"sparsify {' '.join(map(str, check[:5].tolist()))} {NAMES[tensors[VALUES].dtype]}".encode())
+    for i, part in enumerate((VALUES, MASK, PERM), 5):
+        if part in tensors:
+            check[i] = zlib.crc32(tensors[part].contiguous().flatten().view(torch.uint8).numpy().tobytes(), line)
+
+
+def flip(part: str, byte: int = 0, bit: int = 0) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        tensors[part].view(torch.uint8).flatten()[byte] ^= 1 << bit
+
+    return edit
+
+
+def change(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({part: make(tensors[part])})
+
+
+def fields(**values: int) -> Callable[[Tensors], None]:
+    """Other numbers in the check tensor."""
+    places = ("version", "n_out", "n_in", "n", "m", "values", "mask", "perm")
+
+    def edit(tensors: Tensors) -> None:
+        for name, value in values.items():
+            tensors[CHECK][places.index(name)] = value
+
+    return edit
+
+
+def bit_to(row: int, column: int, on: bool) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        byte = int(tensors[MASK][row, column // 8]) & ~(1 << column % 8)
+        tensors[MASK][row, column // 8] = byte | on << column % 8
+
+    return edit
+
+
+def all_of(*edits: Callable[[Tensors], object]) -> Callable[[Tensors], None]:
+    def edit(tensors: Tensors) -> None:
+        for each in edits:
+            each(tensors)
+
+    return edit
+
+
+def without(part: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(part)
+
+
+def of(other: str, part: str) -> Callable[[Tensors], object]:
+    """The same part of another module."""
+    return lambda tensors: tensors.update({part: stored(other)[part]})
+
+
+WRONG: list[tuple[str, Callable[[Tensors], object], str, str]] = [
+    *[("2:4", without(part), part, "missing") for part in (VALUES, MASK, CHECK)],
+    ("moved", without(PERM), PERM, "missing"),
+    # Another dtype.
+    ("2:4", change(VALUES, lambda t: t.view(torch.int16)), VALUES, "int16"),
+    ("2:4", change(VALUES, lambda t: t.double()), VALUES, "float64"),
+    ("2:4", change(VALUES, lambda t: t.view(torch.float16)), VALUES, "checksum"),
+    ("2:4", change(VALUES, lambda t: t.float()), VALUES, "checksum"),
+    ("2:4", change(VALUES, lambda t: t.to(torch.float8_e4m3fn)), VALUES, "float8"),
+    ("2:4", change(MASK, lambda t: t.view(torch.int8)), MASK, "int8"),
+    ("2:4", change(MASK, lambda t: t > 0), MASK, "bool"),
+    ("2:4", change(CHECK, lambda t: t.int()), CHECK, "int32"),
+    ("2:4", change(CHECK, lambda t: t.double()), CHECK, "float64"),
+    ("2:4", change(CHECK, lambda t: torch.full((8,), float("nan"))), CHECK, "float32"),
+    ("moved", change(PERM, lambda t: t.long()), PERM, "int64"),
+    ("moved", change(PERM, lambda t: t.view(torch.float32)), PERM, "float32"),
+    # Another shape.
+    ("2:4", change(VALUES, lambda t: t.t()), VALUES, "checksum"),
+    ("2:4", change(VALUES, lambda t: t.reshape(4, 16)), VALUES, "shape"),
+    ("2:4", change(VALUES, lambda t: t.flatten()), VALUES, "shape"),
+    ("2:4", change(VALUES, lambda t: t[None]), VALUES, "shape"),
+    ("2:4", change(VALUES, lambda t: t[:7]), VALUES, "shape"),
+    ("2:4", change(VALUES, lambda t: t[0, 0]), VALUES, "shape"),
+    ("odd", change(VALUES, lambda t: t[None]), VALUES, "shape"),
+    ("odd", change(VALUES, lambda t: t[0]), VALUES, "shape"),
+    ("odd", change(VALUES, lambda t: t[:-1]), VALUES, "checksum"),
+    ("odd", change(VALUES, lambda t: torch.cat((t, t[:1]))), VALUES, "checksum"),
+    ("2:4", change(MASK, lambda t: t.t()), MASK, "[2, 8]"),
+    ("2:4", change(MASK, lambda t: t[:, :1]), MASK, "[8, 1]"),
+    ("2:4", change(MASK, lambda t: torch.cat((t, t[:1]))), MASK, "[9, 2]"),
+    ("2:4", change(MASK, lambda t: t.flatten()), MASK, "[16]"),
+    ("2:4", change(CHECK, lambda t: t[:7]), CHECK, "[7]"),
+    ("2:4", change(CHECK, lambda t: t[:0]), CHECK, "[0]"),
+    ("2:4", change(CHECK, lambda t: torch.cat((t, t[:1]))), CHECK, "[9]"),
+    ("2:4", change(CHECK, lambda t: t[None]), CHECK, "[1, 8]"),
+    ("2:4", change(CHECK, lambda t: t[0]), CHECK, "[]"),
+    ("moved", change(PERM, lambda t: t[:15]), PERM, "[15]"),
+    ("moved", change(PERM, lambda t: t[None]), PERM, "[1, 16]"),
+    # Other bytes.
+    *[("2:4", flip(VALUES, byte, bit), VALUES, "checksum") for byte, bit in ((0, 0), (0, 7), (127, 7), (64, 3))],
+    *[("2:4", flip(MASK, byte, bit), MASK, "checksum") for byte, bit in ((0, 0), (15, 7))],
+    ("moved", flip(PERM), PERM, "checksum"),
+    ("moved", change(PERM, lambda t: t.roll(1)), PERM, "checksum"),
+    ("2:4", change(VALUES, torch.zeros_like), VALUES, "checksum"),
+    ("2:4", change(VALUES, lambda t: t.flip(0)), VALUES, "checksum"),
+    ("2:4", lambda tensors: tensors.update({PERM: torch.arange(16, dtype=torch.int32)}), PERM, "checksum"),
+    ("moved", fields(perm=-1), PERM, "checksum"),
+    ("moved", all_of(without(PERM), fields(perm=-2)), PERM, "missing"),
+    # Parts of two modules of one shape.
+    ("2:4", of("moved", VALUES), VALUES, "checksum"),
+    ("2:4", of("moved", MASK), MASK, "checksum"),
+    ("2:4", of("moved", CHECK), VALUES, "checksum"),
+    # Another header; where checksums are made to fit it, what follows from it does not.
+    *[("2:4", fields(version=version), CHECK, f"format {version}") for version in (2, 0, -1, 2**40)],
+    *[("2:4", fields(n_out=size), CHECK, str(size)) for size in (0, -8, 2**31, 2**62, -(2**63))],
+    *[("2:4", fields(n_in=size), CHECK, str(size)) for size in (0, -16, 2**31, 2**62, -(2**63))],
+    *[("2:4", fields(n=n, m=m), CHECK, f"{n}:{m}") for n, m in
+      ((4, 4), (5, 4), (0, 4), (-2, 4), (2, 0), (0, -4), (-4, -2), (1, 3), (2, 5), (2**40, 2**41))],
+    ("2:4", fields(n_out=16, n_in=8), MASK, "[16, 1]"),
+    ("2:4", fields(n_out=2**31 - 1), MASK, str(2**31 - 1)),
+    ("2:4", fields(n_in=2**31 - 4), MASK, str(2**28)),
+    ("2:4", fields(n_in=12), VALUES, "shape"),
+    ("2:4", fields(n=1), VALUES, "shape"),
+    ("2:4", fields(n=0, m=0), VALUES, "shape"),
+    ("odd", fields(n=2, m=13), VALUES, "shape"),
+    ("odd", fields(n_in=14), VALUES, "checksum"),
+    ("2:4", fields(n=4, m=8), VALUES, "checksum"),
+    # Checksums that somebody made to fit.
+    ("2:4", all_of(fields(n=1, m=2), forge), MASK, "1:2 in every group"),
+    ("2:4", all_of(flip(MASK), forge), MASK, "2:4 in every group"),
+    ("2:4", all_of(change(MASK, lambda t: torch.full_like(t, 15)), forge), MASK, "2:4 in every group"),
+    ("3:7", all_of(flip(MASK, 1), forge), MASK, "3:7 in every group"),
+    ("3:7", all_of(flip(MASK, 1, 7), forge), MASK, "columns that the weight does not have"),
+    ("odd", all_of(change(VALUES, lambda t: t[:-1]), forge), MASK, "values are stored"),
+    ("odd", all_of(change(VALUES, lambda t: t[:0]), forge), MASK, "0 values are stored"),
+    ("odd", all_of(bit_to(1, 15, True), forge), MASK, "columns that the weight does not have"),
+    ("odd", all_of(flip(MASK), forge), MASK, "values are stored"),
+    ("odd", all_of(fields(n_in=9), forge), MASK, "columns that the weight does not have"),
+    ("moved", all_of(change(PERM, lambda t: t.clone().fill_(3)), forge), PERM, "not a permutation"),
+    ("moved", all_of(change(PERM, lambda t: t + 1), forge), PERM, "not a permutation"),
+    ("moved", all_of(change(PERM, lambda t: t - 16), forge), PERM, "not a permutation"),
+    ("moved", all_of(change(PERM, lambda t: t * 2**27), forge), PERM, "not a permutation"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "edit", "part", "words"), WRONG)
+def test_what_is_wrong_is_named(kind: str, edit: Callable[[Tensors], object], part: str, words: str) -> None:
+    tensors = stored(kind)
+    from_tensors("layer.up", tensors)
+    edit(tensors)
+    with pytest.raises(ModelError) as refused:
+        from_tensors("layer.up", tensors, where="a/model.safetensors")
+    message = str(refused.value)
+    assert message.startswith(f"a/model.safetensors: tensor layer.up.{part} ")
+    assert words in message
+    assert "\n" not in message
+    assert message.endswith("download or export the model again")
+
+
+def test_forged_checksums_are_what_an_encoder_writes() -> None:
+    for kind in ("2:4", "3:7", "odd", "moved"):
+        tensors = stored(kind)
+        tensors[CHECK][5:7] = 0
+        forge(tensors)
+        assert torch.equal(tensors[CHECK], stored(kind)[CHECK])
+
+
+def test_a_bit_that_moves_within_its_group_is_noticed_by_the_checksum_alone() -> None:
+    tensors = stored("odd")
+    keep = unpack_bits(tensors[MASK], 13)
+    on, off = keep[0].nonzero()[0].item(), (~keep[0]).nonzero()[0].item()
+    all_of(bit_to(0, int(on), False), bit_to(0, int(off), True))(tensors)
+    with pytest.raises(ModelError, match=r"weight_mask differs from its checksum"):
+        from_tensors("m", tensors)
+    forge(tensors)
+    moved = decode(from_tensors("m", tensors))
+    assert bits(moved)[0, int(on)] == 0
+    assert bits(moved)[0, int(off)] != 0
+
+
+def test_the_shape_that_the_model_asks_for() -> None:
+    tensors = stored("2:4")
+    assert from_tensors("m", tensors, shape=(8, 16)).shape == (8, 16)
+    for shape in ((16, 8), (8, 15), (0, 0)):
+        with pytest.raises(ModelError, match=r"tensor m\.weight_check says the weight is \[8, 16\], config.json asks"):
+            from_tensors("m", tensors, shape=shape)
+
+
+def test_parts_of_a_weight_that_is_all_zero() -> None:
+    tensors = to_tensors(encode(torch.zeros(3, 5)))
+    assert tensors[VALUES].shape == (0,)
+    for other in (fields(n_in=6), fields(n_out=4), fields(values=0), fields(mask=-1)):
+        wrong = {part: tensor.clone() for part, tensor in tensors.items()}
+        other(wrong)
+        with pytest.raises(ModelError, match=r"tensor m\."):
+            from_tensors("m", wrong)
+
+
+def test_a_weight_is_complete_when_every_part_of_it_is_there() -> None:
+    tensors = stored("2:4")
+    assert is_complete(tensors)
+    for part in (VALUES, MASK, CHECK):
+        assert not is_complete({name: tensor for name, tensor in tensors.items() if name != part})
+    moved = stored("moved")
+    assert is_complete(moved)
+    assert not is_complete({name: tensor for name, tensor in moved.items() if name != PERM})
+    # Nothing more can arrive for these; reading them says what is wrong.
+    for check in (tensors[CHECK][:3], torch.full((8,), float("nan")), torch.zeros(8, dtype=torch.complex64)):
+        assert is_complete({**tensors, CHECK: check})
+        with pytest.raises(ModelError, match=r"tensor m\.weight_check is"):
+            from_tensors("m", {**tensors, CHECK: check})
+
+
+def test_patterns_read_as_they_are_written() -> None:
+    for pattern in PATTERNS:
+        weight = random_weight(2, 2 * pattern.m, torch.float32, pattern)
+        tensors = to_tensors(encode(weight, pattern))
+        assert tensors[CHECK][3:5].tolist() == [pattern.n, pattern.m]
+        assert from_tensors("m", tensors).pattern == parse_pattern(str(pattern)) == pattern
