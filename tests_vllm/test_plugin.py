@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify.checkpoint import SINGLE
+from sparsify.data import load_windows
 from sparsify.exporters.vllm_compressed import SERVED
 from sparsify.format.packed import Packed
 from sparsify.format.reader import CompressedReader
-from tests_vllm.conftest import Answer, ask, kernels, run_python, same
+from sparsify.pipeline import evaluate
+from sparsify.runtimes import Runtime
+from tests_vllm.conftest import Answer, ask, ask_apart, kernels, run_python, same
 
 Pair = Callable[[str], tuple[Path, Path]]
 
@@ -71,9 +74,46 @@ def test_plain_checkpoint_packed_at_load(smol: Pair, plain: Callable[[str], Answ
 
 
 def test_transformers_models_in_vllm(smol: Pair) -> None:
+    """vLLM then replaces parts of transformers in its process, hence the processes of their own."""
     options = {"model_impl": "transformers", "dtype": "float32"}
     plain, compressed = smol("2:4")
-    same(ask(compressed, kernel="packed", **options), ask(plain, **options))
+    reference, found = ask_apart(plain, **options), ask_apart(compressed, kernel="packed", **options)
+    assert found.tokens == reference.tokens
+    torch.testing.assert_close(found.logprobs, reference.logprobs, rtol=1e-3, atol=1e-3)
+    assert kernels(found) == {"packed"}
+
+
+@pytest.mark.parametrize("permute", ["gather", "simulate"])
+def test_orders_that_are_not_folded(stories: Path, make: Callable[..., tuple[Path, Path]], permute: str) -> None:
+    """One order for each input is a gather before the product; q, k and v with orders of their own cannot be fused."""
+    plain, compressed = make(stories, pattern="2:4", method="ria", permute=permute, windows=4, length=128)
+    reference = ask(plain, dtype="float32")
+    same(ask(compressed, dtype="float32"), reference)
+    found = ask(compressed, dtype="float32", kernel="packed")
+    # Sums run over the stored order.
+    assert found.tokens == reference.tokens
+    torch.testing.assert_close(found.logprobs, reference.logprobs, rtol=1e-4, atol=1e-4)
+    dense = {
+        (name.rpartition(".")[2], entry.reason) for name, entry in found.engaged.items() if entry.kernel == "dense"
+    }
+    expected = {("qkv_proj", _DIFFER), ("gate_up_proj", _DIFFER)}
+    assert dense == (expected if permute == "simulate" else set())
+    assert any(entry.pattern == "2:4" for entry in found.engaged.values())
+
+
+_DIFFER = "the weights fused into it store their inputs in different orders"
+
+
+def test_perplexity_is_that_of_transformers(smol: Pair) -> None:
+    windows = load_windows("pydoc", smol("2:4")[0], n_windows=2, length=256, split="evaluation")
+    reference = evaluate(smol("2:4")[0], windows, runtime=Runtime("torch"))
+    found = evaluate(smol("2:4")[1], windows, runtime=Runtime("vllm", dtype="float32", kernel="packed"))
+    assert found["perplexity"] == pytest.approx(reference["perplexity"], rel=1e-4)
+    assert found["engaged"] == {"packed": 120}
+    served = evaluate(smol("2:4")[1], windows)
+    assert served["runtime"].startswith("vllm ")
+    assert served["perplexity"] == pytest.approx(reference["perplexity"], rel=1e-2)
+    assert served["engaged"] == {"dense": 120}
 
 
 def test_random_weights_start(smol: Pair) -> None:

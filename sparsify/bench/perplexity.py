@@ -7,7 +7,7 @@ KL(reference || candidate) = sum over the vocabulary of p (log p - log q), the m
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,15 @@ from sparsify.runtimes.session import Session
 BLOCK_ELEMENTS = 2**22
 
 Progress = Callable[[int, int], None]
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A session that scores tokens itself, where a runtime gives log-probabilities and no logits (vLLM)."""
+
+    def prompt_logprobs(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Log-probability [batch, length - 1], in nats, of each token of ids [batch, length] given those before it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -122,7 +131,10 @@ def perplexity(
     n_windows, length = windows.shape
     total = _Likelihood(length, stride)
     for i in range(n_windows):
-        total.add(session, i, windows[i], session.logits(windows[i : i + 1])[0])
+        if isinstance(session, Scorer):
+            total.add_scores(session, i, session.prompt_logprobs(windows[i : i + 1])[0])
+        else:
+            total.add(session, i, windows[i], session.logits(windows[i : i + 1])[0])
         if progress is not None:
             progress(i + 1, n_windows)
     return total.result(n_windows)
@@ -148,6 +160,12 @@ class _Likelihood:
             picked = np.take_along_axis(block, targets[rows, None], axis=1).astype(np.float64)
             self.total += float((log_norm - (picked - highest)[:, 0]).sum())
         self.n_tokens += len(targets)
+
+    def add_scores(self, session: Session, i: int, logprobs: NDArray[np.float32]) -> None:
+        counted = logprobs[0 if i == 0 else max(0, self.length - 1 - self.stride) :]
+        _finite(counted[:, None], session, i, self.length - 1 - len(counted))
+        self.total -= float(counted.sum(dtype=np.float64))
+        self.n_tokens += len(counted)
 
     def result(self, n_windows: int) -> Perplexity:
         mean = self.total / self.n_tokens

@@ -9,7 +9,7 @@ import torch
 
 from sparsify.errors import UsageError
 from sparsify.format.bits import count_bits, pack_bits, unpack_bits
-from sparsify.format.expand import expand_two_of_four
+from sparsify.format.expand import expand
 from sparsify.types import NofM
 
 # What a value is compared as: bits, so that -0.0 counts as a value and comes back.
@@ -119,11 +119,7 @@ def _fill(keep: torch.Tensor, n: int) -> torch.Tensor:
 
 def decode(packed: Packed) -> torch.Tensor:
     """The dense weight [out, in], zeros in place."""
-    if packed.pattern == NofM(2, 4) and packed.values.itemsize == 2 and packed.shape[1] % 8 == 0:
-        weight = expand_two_of_four(packed.values, packed.mask)
-    else:
-        weight = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.values.device)
-        weight.masked_scatter_(unpack_bits(packed.mask, packed.shape[1]), packed.values)
+    weight = expand(packed.values, packed.mask, packed.shape, packed.pattern)
     if packed.perm is None:
         return weight
     original = torch.empty_like(weight)
