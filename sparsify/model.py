@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsify.checkpoint import read_config
-from sparsify.errors import ModelError
+from sparsify.errors import ModelError, SparsifyError
 from sparsify.format.reader import open_checkpoint
 from sparsify.format.storage import KEY, read_storage
 from sparsify.types import LinearSpec
@@ -183,6 +183,8 @@ def load_model(folder: Path, dtype: torch.dtype | str, *, trust_remote_code: boo
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    except SparsifyError:
+        raise
     except Exception as error:
         # Any model's own code may run here, and transformers raises a dozen types itself.
         reason = (str(error).strip().splitlines() or [""])[0]

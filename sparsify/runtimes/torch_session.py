@@ -98,6 +98,9 @@ class TorchSession:
         for name, module in self._model.named_modules():
             if isinstance(module, torch.nn.Embedding):
                 continue
+            if kernel := getattr(module, "kernel_name", None):
+                report[name] = kernel
+                continue
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2 and not leaf.endswith("bias"):  # experts have biases of 2 axes
                     linear = name if leaf == "weight" else f"{name}.{leaf}"
