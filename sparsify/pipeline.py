@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,7 @@ def evaluate(
     def tick(done: int, total: int) -> None:
         progress.advance()
 
+    runtime = replace(runtime or Runtime(), max_length=windows.ids.shape[1])
     progress.stage(f"perplexity of {folder.name}", windows.ids.shape[0])
     with ExitStack() as sessions:
         session = sessions.enter_context(open_session(folder, runtime, trust_remote_code=trust_remote_code))
