@@ -1,4 +1,4 @@
-"""2:4 on NVIDIA GPUs through torch's operators: cuSPARSELt, and CUTLASS where that library is absent.
+"""2:4 on NVIDIA GPUs through torch's operators: cuSPARSELt, and on GPUs of compute capability 8.x also CUTLASS.
 
 Not yet run on a GPU. The layout of the CUTLASS metadata and the shapes of both operators are tested without one.
 """
@@ -27,14 +27,27 @@ def _no_gpu(device: torch.device) -> str | None:
         return "it runs on NVIDIA GPUs only"
     if torch.version.hip is not None:
         return "it runs on NVIDIA GPUs only, and this is a ROCm build of torch"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= _AMPERE else f"it needs compute capability 8.0, this GPU has {capability}"
+    if torch.cuda.get_device_capability(device) >= _AMPERE:
+        return None
+    return f"it needs compute capability 8.0, this GPU has {_capability(device)}"
 
 
 def _no_cusparselt(device: torch.device) -> str | None:
     return _no_gpu(device) or (
         None if torch.backends.cusparselt.is_available() else "this build of torch has no cuSPARSELt"
     )
+
+
+def _no_cutlass(device: torch.device) -> str | None:
+    why = _no_gpu(device)
+    if why is None and torch.cuda.get_device_capability(device)[0] != _AMPERE[0]:
+        # torch's operator checks it at every call.
+        return f"torch has it for compute capability 8.x only, this GPU has {_capability(device)}"
+    return why
+
+
+def _capability(device: torch.device) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 def _refuse(packed: Packed, min_rows: int, min_columns: int, multiple: int) -> str | None:
@@ -51,12 +64,24 @@ def _refuse(packed: Packed, min_rows: int, min_columns: int, multiple: int) -> s
 def _padded(x: torch.Tensor, n_in: int) -> torch.Tensor:
     """Tokens as rows [tokens, in], with rows of zeros up to a multiple of 8, which both libraries ask for."""
     flat = x.reshape(-1, n_in)
-    return torch.nn.functional.pad(flat, (0, 0, 0, -flat.shape[0] % 8)).contiguous()
+    missing = -flat.shape[0] % 8
+    # The padding of nothing would be a copy.
+    return torch.nn.functional.pad(flat, (0, 0, 0, missing)) if missing else flat.contiguous()
+
+
+def _check_dtype(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """CuSPARSELt is told one dtype for all and would take the bytes of another for it."""
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+        given = f"{x.dtype}" if bias is None else f"{x.dtype} and bias {bias.dtype}"
+        raise RuntimeError(f"input is {given}, the weight was prepared as {weight.dtype}")
 
 
 def _cusparselt_linear(
     x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None, n_out: int, n_in: int
 ) -> torch.Tensor:
+    _check_dtype(x, blob, bias)
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], n_out))
     flat = _padded(x, n_in)
     result = torch._cslt_sparse_mm(blob, flat.t(), bias=bias, transpose_result=True)
     return result[: x.numel() // n_in].view(*x.shape[:-1], n_out)
@@ -65,6 +90,9 @@ def _cusparselt_linear(
 def _cutlass_linear(
     x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, bias: torch.Tensor | None, n_out: int, n_in: int
 ) -> torch.Tensor:
+    _check_dtype(x, values, bias)
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], n_out))
     flat = _padded(x, n_in)
     # The operator computes weight @ input: the product comes out transposed.
     result = torch._sparse_semi_structured_mm(values, meta, flat.t()).t()
@@ -157,8 +185,8 @@ CUSPARSELT = Kernel(
 )
 CUTLASS = Kernel(
     "cutlass",
-    "2:4 on NVIDIA GPUs from Ampere on, through CUTLASS",
-    absent=_no_gpu,
+    "2:4 on NVIDIA GPUs of compute capability 8.x, through CUTLASS",
+    absent=_no_cutlass,
     refuse=lambda packed: _refuse(packed, 32, 64, 32),
     prepare=_prepare_cutlass,
     linear=_run_cutlass,
