@@ -586,7 +586,7 @@ def test_the_config_lists_the_matrices_that_are_dense(family: str, pruned: Prune
     config = read_config(tmp_path / "packed")
     entry = config.pop("quantization_config")
     assert config == read_config(checkpoint)
-    assert entry.keys() == {"quant_method", "format", "ignore"}
+    assert entry.keys() == {"quant_method", "format", "ignore", "digest"}
     assert (entry["quant_method"], entry["format"]) == ("sparsify", 1)
     names = {f"{module}.weight" for module in entry["ignore"]}
     assert len(names) == len(entry["ignore"])

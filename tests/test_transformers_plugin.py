@@ -23,10 +23,10 @@ from transformers.quantizers import auto
 import sparsify
 from sparsify import hooks
 from sparsify.errors import ModelError, UsageError
-from sparsify.exporters.vllm_compressed import SERVED
 from sparsify.format.packed import encode
 from sparsify.format.reader import CompressedReader
 from sparsify.format.record import to_tensors
+from sparsify.format.storage import SERVED
 from sparsify.pipeline import export
 from sparsify.plugins import transformers_quantizer
 from sparsify.plugins.sparse_linear import SparseLinear
@@ -37,7 +37,8 @@ from sparsify.source import Source
 from sparsify.types import NofM
 from tests.conftest import CONFIGS, EXTRA, save_random_model
 
-FAMILIES = [*sorted(SERVED & {*CONFIGS, *EXTRA}), "llama-nine-heads"]
+# The stablelm of these tests has a setting that vLLM lacks, with which export refuses it.
+FAMILIES = [*sorted((SERVED & {*CONFIGS, *EXTRA}) - {"stablelm"}), "llama-nine-heads"]
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 Folders = Callable[..., tuple[Path, Path]]
@@ -102,6 +103,9 @@ def stored(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def same_stored(folder: Path, other: Path) -> None:
     (ours, config), (theirs, expected) = stored(folder), stored(other)
+    # Some tests change tensors and leave the config beside them as it was.
+    assert config.pop("digest") == CompressedReader(folder).digest
+    expected.pop("digest", None)
     assert config == expected
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype for name, tensor in theirs.items())

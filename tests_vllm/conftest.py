@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,15 @@ NEW = 16
 
 @dataclass(frozen=True)
 class Answer:
-    """What an engine says to the prompts of ``ask``: new tokens, and log-probabilities of the prompts' tokens."""
+    """What an engine says to the prompts of ``ask``: new tokens, and log-probabilities of the prompts' tokens.
+
+    ``seen`` is what a function made of the model on each rank.
+    """
 
     tokens: list[list[int]]
     logprobs: torch.Tensor
     engaged: dict[str, Engaged]
+    seen: tuple[Any, ...] = ()
 
 
 def prompts(vocabulary: int = 100) -> list[list[int]]:
@@ -60,15 +64,23 @@ def prompts(vocabulary: int = 100) -> list[list[int]]:
     return [[1 + (i * i * k + 7 * i) % (vocabulary - 2) for i in range(PROMPT)] for k in range(1, 5)]
 
 
-def ask(folder: Path, *, dtype: str = "bfloat16", kernel: str | None = None, **options: Any) -> Answer:
-    """Start an engine on ``folder``, ask it, stop it."""
+def ask(
+    folder: Path,
+    *,
+    dtype: str = "bfloat16",
+    kernel: str | None = None,
+    look: Callable[[torch.nn.Module], Any] | None = None,
+    **options: Any,
+) -> Answer:
+    """Start an engine on ``folder``, ask it, stop it; ``look`` sees the model on each rank."""
     if kernel:
         options["additional_config"] = {"sparsify": {"kernel": kernel}}
     settings: dict[str, Any] = {"enforce_eager": True, "max_model_len": 64, "max_num_seqs": 8, "seed": 0}
     RECORDS.clear()
     engine = vllm.LLM(model=str(folder), dtype=dtype, skip_tokenizer_init=True, **{**settings, **options})
     try:
-        return answer(engine)
+        found = answer(engine)
+        return found if look is None else replace(found, seen=tuple(engine.apply_model(look)))
     finally:
         stop(engine)
 
@@ -115,11 +127,10 @@ def kernels(answer: Answer) -> set[str]:
     return {entry.kernel for entry in answer.engaged.values()}
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

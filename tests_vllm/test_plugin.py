@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sparsify.checkpoint import SINGLE
 from sparsify.data import load_windows
-from sparsify.exporters.vllm_compressed import SERVED
-from sparsify.format.packed import Packed
+from sparsify.format.packed import Packed, unstructured
 from sparsify.format.reader import CompressedReader
+from sparsify.format.storage import SERVED
 from sparsify.pipeline import evaluate
 from sparsify.runtimes import Runtime
 from tests_vllm.conftest import Answer, ask, ask_apart, kernels, run_python, same
@@ -57,11 +57,18 @@ def test_smollm2(smol: Pair, plain: Callable[[str], Answer], name: str, kernel: 
 
 @pytest.mark.parametrize("name", ["2:4", "0.5"])
 def test_memory_of_packed_linears(smol: Pair, name: str) -> None:
-    found = ask(smol(name)[1], kernel="packed")
-    resident = sum(entry.resident_bytes for entry in found.engaged.values())
-    dense = sum(entry.dense_bytes for entry in found.engaged.values())
-    assert dense == 2 * 106_168_320
-    assert 0.5625 <= resident / dense <= 0.57
+    """What the engine's own modules hold, beside what the plugin says of it."""
+    found = ask(smol(name)[1], kernel="packed", look=_bytes_of_linears)
+    held = sum(found.seen)
+    assert held == sum(entry.resident_bytes for entry in found.engaged.values())
+    assert 0.5625 <= held / (2 * 106_168_320) <= 0.57
+
+
+def _bytes_of_linears(model: torch.nn.Module) -> int:
+    linears = [part for name, part in model.named_modules() if name.endswith("_proj")]
+    assert len(linears) == 120
+    tensors = [tensor for part in linears for tensor in (*part.parameters(), *part.buffers())]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def test_plain_checkpoint_packed_at_load(smol: Pair, plain: Callable[[str], Answer]) -> None:
@@ -149,12 +156,20 @@ def test_old_sparse_checkpoints_load_again(smol: Pair, plain: Callable[[str], An
             assert kernels(found) == {kernel}
 
 
+@pytest.mark.parametrize("form", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_old_sparse_checkpoints_with_experts(families: Pair, tmp_path: Path, form: str) -> None:
+    plain, compressed = families("qwen3_moe")
+    same(ask(_as_compressed_tensors(compressed, tmp_path / "old", form), dtype="float32"), ask(plain, dtype="float32"))
+
+
 def _as_compressed_tensors(compressed: Path, out: Path, form: str) -> Path:
     shutil.copytree(compressed, out)
     reader = CompressedReader(compressed)
     stored = load_file(compressed / SINGLE)
     for module in reader.packed:
         packed: Packed = reader.read_packed(module)
+        if form == "sparse-bitmask":
+            packed = unstructured(packed)
         del stored[f"{module}.weight"], stored[f"{module}.weight_mask"], stored[f"{module}.weight_check"]
         stored[f"{module}.compressed"] = packed.values
         stored[f"{module}.bitmask"] = packed.mask
@@ -200,7 +215,7 @@ def test_without_the_plugin_vllm_says_what_is_missing(smol: Pair) -> None:
         ("weight", "flip", "mlp.up_proj.weight differs from its checksum"),
         ("weight_mask", "flip", "mlp.up_proj.weight_mask differs from its checksum"),
         ("weight_mask", "drop", "mlp.up_proj.weight_mask is missing"),
-        ("weight_check", "drop", "mlp.up_proj.weight_check is missing"),
+        ("weight_check", "drop", "mlp.up_proj.weight_mask has no weight_check beside it"),
         ("weight", "drop", "mlp.up_proj.weight is missing"),
     ],
 )
@@ -219,8 +234,68 @@ def test_damage_is_found_before_anything_is_served(
     assert f"model.layers.7.{says}" in _fails(folder)
 
 
+def _without(folder: Path, out: Path, *names: str) -> Path:
+    """A copy of a checkpoint whose tensors that begin with ``names`` are gone."""
+    shutil.copytree(folder, out)
+    stored = load_file(out / SINGLE)
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(names)}
+    assert len(kept) < len(stored)
+    save_file(kept, out / SINGLE, metadata={"format": "pt"})
+    return out
+
+
+def _no_digest(folder: Path) -> Path:
+    """As a checkpoint that ``save_pretrained`` has written."""
+    _configure(folder, {"quant_method": "sparsify", "format": 1, "ignore": []})
+    return folder
+
+
+def test_missing_tensors_are_missed(smol: Pair, families: Pair, tmp_path: Path) -> None:
+    """VLLM looks for them only where nothing is quantised, and would compute with memory as it was."""
+    norm = _without(smol("2:4")[1], tmp_path / "norm", "model.norm.weight")
+    assert "quantization_config.digest does not belong to the tensors beside it" in _fails(norm)
+    experts = families("qwen3_moe")[1]
+    gone = _no_digest(_without(experts, tmp_path / "expert", "model.layers.1.mlp.experts.2."))
+    assert "tensor model.layers.1.mlp.experts.2.w1.weight is missing" in _fails(gone)
+    plain = _without(smol("2:4")[0], tmp_path / "plain", "model.layers.3.mlp.down_proj.weight")
+    assert "tensor model.layers.3.mlp.down_proj.weight is missing" in _fails(plain, ", quantization='sparsify'")
+
+
+def test_model_types_whose_loader_is_not_known(smol: Pair, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(smol("2:4")[1], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "how vLLM loads model type 'gpt_neox' has not been checked with packed weights" in _fails(folder)
+
+
+def test_the_key_of_compiled_graphs_knows_the_weights(smol: Pair, tmp_path: Path) -> None:
+    """Which linears are packed, and how, is part of the graph; vLLM hashes config.json and not what it describes."""
+    code = (
+        "from vllm.engine.arg_utils import EngineArgs\nfrom pathlib import Path\nimport os, sys\n"
+        "for kernel in ('dense', 'packed'):\n"
+        "    engine = EngineArgs(model=sys.argv[1], additional_config={'sparsify': {'kernel': kernel}})\n"
+        "    print('key', engine.create_engine_config().compute_hash())\n"
+    )
+    folder = tmp_path / "model"
+    keys = []
+    for name in ("2:4", "0.5"):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(smol(name)[1], folder)
+        lines = run_python(code, folder).stdout.splitlines()
+        keys += [line for line in lines if line.startswith("key ")]
+    assert len(set(keys)) == 4
+
+
 def test_what_an_engine_cannot_do_is_said_in_one_line(smol: Pair, tmp_path: Path) -> None:
     folder = smol("2:4")[1]
+    for options in ("'packed'", "{'kernl': 'packed'}"):
+        assert "write {'sparsify': {'kernel': NAME}}" in _fails(
+            folder, f", additional_config={{'sparsify': {options}}}"
+        )
+    unknown = ", additional_config={'sparsify': {'kernel': 'nonsense'}}, quantization='sparsify'"
+    assert "kernel 'nonsense' is unknown; choose auto, dense, packed" in _fails(smol("2:4")[0], unknown)
     kernel = ", additional_config={'sparsify': {'kernel': 'cusparselt'}}"
     assert "kernel cusparselt cannot run on cpu: it runs on NVIDIA GPUs only" in _fails(folder, kernel)
     newer = tmp_path / "newer"

@@ -79,7 +79,13 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(stories: Path) -> Iterator[Served]:
+def pruned(stories: Path, make: Callable[..., tuple[Path, Path]]) -> tuple[Path, Path]:
+    """(plain, compressed): what is served is compressed, and judged by the plain one."""
+    return make(stories, pattern="2:4", method="magnitude")
+
+
+@pytest.fixture(scope="module")
+def served(pruned: tuple[Path, Path]) -> Iterator[Served]:
     port, early, ready = _free_port("127.0.0.1", None), [], threading.Event()
     body = json.dumps({"model": "any", "prompt": [[1]], "max_tokens": 1})
 
@@ -95,7 +101,9 @@ def served(stories: Path) -> Iterator[Served]:
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask)
         try:
-            session = VllmServer(stories, port=port, dtype="float32", max_batch=64, startup_timeout_s=300)
+            session = VllmServer(
+                pruned[1], port=port, dtype="float32", kernel="packed", max_batch=64, startup_timeout_s=300
+            )
         finally:
             ready.set()
         asking.result()
@@ -104,8 +112,8 @@ def served(stories: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def offline(stories: Path) -> Iterator[VllmSession]:
-    with VllmSession(stories, dtype="float32") as session:
+def offline(pruned: tuple[Path, Path]) -> Iterator[VllmSession]:
+    with VllmSession(pruned[0], dtype="float32") as session:
         yield session
 
 
@@ -152,15 +160,16 @@ def test_served_answers_are_the_offline_ones(served: Served, offline: VllmSessio
     theirs, ours = server.prompt_logprobs(ids), offline.prompt_logprobs(ids)
     assert theirs.shape == ours.shape == (4, 511)
     assert theirs.dtype == ours.dtype == np.float32
-    np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
     assert server.generate(ids[:1, :500], 13).shape == (1, 13)
-    assert server.engaged() == offline.engaged()
     assert set(offline.engaged().values()) == {"dense"}
-    assert server.weights() == offline.weights()
+    assert set(server.engaged().values()) == {"packed"}
+    sizes = server.weights()["packed"]
+    assert sizes["resident_bytes"] < 0.57 * sizes["dense_bytes"]
 
 
-def test_stories_as_in_transformers(offline: VllmSession, ids: NDArray[np.int64]) -> None:
-    with TorchSession(STORIES) as reference:
+def test_stories_as_in_transformers(offline: VllmSession, pruned: tuple[Path, Path], ids: NDArray[np.int64]) -> None:
+    with TorchSession(pruned[0]) as reference:
         assert np.array_equal(offline.generate(ids[:2, :64], 16), reference.generate(ids[:2, :64], 16))
         for stride in (None, 256):
             overlapping = ids[:1] if stride else ids

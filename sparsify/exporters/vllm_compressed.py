@@ -14,20 +14,16 @@ from sparsify.errors import ModelError, UsageError
 from sparsify.exporters.hf import SHARD_BYTES
 from sparsify.files import write_json
 from sparsify.format.packed import DTYPES, Packed, encode, fits
-from sparsify.format.reader import open_checkpoint
+from sparsify.format.reader import CompressedReader, open_checkpoint
 from sparsify.format.record import to_tensors
-from sparsify.format.storage import KEY, Storage
+from sparsify.format.storage import KEY, SERVED, Storage
 from sparsify.manifest import PERMUTATIONS
 from sparsify.model import load_skeleton
 from sparsify.naming import Binding
 from sparsify.types import NofM, parse_pattern
 
-# Model types whose loader in vLLM hands each tensor over unchanged. Each is served in the tests; a loader that
-# transposes or interleaves weights (GPT-2, GPT-NeoX) would be given packed values to do it with.
-SERVED = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "stablelm", "gemma", "gemma2", "gemma3_text", "phi3"}
-    | {"cohere", "starcoder2", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}
-)
+# Settings of a model that vLLM does not implement, though it knows the type.
+_NOT_IN_VLLM = {"stablelm": "qk_layernorm"}
 
 
 def export_compressed(
@@ -65,6 +61,9 @@ def export_compressed(
             f"{checkpoint / 'config.json'}: how vLLM loads model type {config['model_type']!r} has not been checked "
             "with packed weights; export with --dense, which needs no plugin"
         )
+    unknown = _NOT_IN_VLLM.get(config["model_type"], "")
+    if config.get(unknown):
+        raise ModelError(f"{checkpoint / 'config.json'}: key {unknown} is set, which vLLM does not implement")
     plan = _Plan(checkpoint, linears, trust_remote_code)
     shards: dict[str, dict[str, int]] = {}
     for i, tensors in enumerate(_batches(plan.tensors(), shard_bytes), 1):
@@ -76,7 +75,8 @@ def export_compressed(
     else:
         write_index(out, shards)
     ignore = tuple(name.removesuffix(".weight") for name in plan.dense_matrices)
-    write_json(out / "config.json", {**portable_config(config), KEY: Storage(ignore).to_dict()})
+    storage = Storage(ignore, CompressedReader(out).digest)
+    write_json(out / "config.json", {**portable_config(config), KEY: storage.to_dict()})
     copy_side_files(checkpoint, out)
     return {
         "storage": {

@@ -35,7 +35,9 @@ def expand(values: torch.Tensor, mask: torch.Tensor, shape: tuple[int, int], pat
     shifted = pattern == NofM(2, 4) and values.itemsize == 2 and n_in % 8 == 0
     step = max(1, (_SHIFTED if shifted else _SCATTERED) // n_in) if values.device.type == "cpu" else max(n_out, 1)
     slices = list(itertools.pairwise([*range(0, n_out, step), n_out]))
-    if pattern is None:
+    if len(slices) == 1:
+        parts = [values]  # also on a GPU, where looking for offsets would wait for it, which no graph can hold
+    elif pattern is None:
         before = count_bits(mask).sum(dim=1).cumsum(dim=0)
         ends = before[[bottom - 1 for _, bottom in slices]].tolist()
         parts = [values[start:end] for start, end in itertools.pairwise([0, *ends])]

@@ -30,7 +30,8 @@ def legacy_format(config: Any) -> str | None:
     sparsity = config.get("sparsity_config")
     name = sparsity.get("format") if isinstance(sparsity, Mapping) else None
     # Quantised and sparse at once is stored in yet another way, which only its own reader knew.
-    return name if name in FORMATS and not config.get("config_groups") else None
+    plain = not config.get("config_groups") and not config.get("kv_cache_scheme")
+    return name if isinstance(name, str) and name in FORMATS and plain else None
 
 
 def is_complete(tensors: Mapping[str, torch.Tensor], name: str) -> bool:
@@ -54,8 +55,9 @@ def from_legacy(module: str, tensors: Mapping[str, torch.Tensor], name: str, whe
         if part not in tensors:
             raise refuse(part, "is missing")
     values, mask = tensors[VALUES], tensors[MASK]
-    size = tensors[SHAPE].flatten().tolist()
-    if tensors[SHAPE].is_floating_point() or len(size) != 2 or min(size) < 1:
+    whole = tensors[SHAPE].dtype in (torch.int64, torch.int32)
+    size = tensors[SHAPE].flatten().tolist() if whole else []
+    if len(size) != 2 or min(size) < 1:
         raise refuse(SHAPE, f"is {size[:4]}, want two positive integers")
     pattern, (n_out, n_in) = FORMATS[name], size
     if pattern is not None and n_in % pattern.m:

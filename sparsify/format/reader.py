@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -14,12 +15,26 @@ from sparsify.format.record import CHECK, MASK, PARTS, PERM, VALUES, from_tensor
 from sparsify.format.storage import KEY, read_storage
 
 
+def digest(tensors: Mapping[str, tuple[str, tuple[int, ...]]], checks: Mapping[str, list[int]]) -> str:
+    """SHA-256, hexadecimal, of what a checkpoint holds.
+
+    Args:
+        tensors: name -> dtype as safetensors names it, and shape.
+        checks: name -> values of the check tensors among them.
+    """
+    entries = sorted(tensors.items())
+    lines = (f"{name} {dtype} {list(shape)} {checks.get(name, '')}\n" for name, (dtype, shape) in entries)
+    return sha256("".join(lines).encode()).hexdigest()
+
+
 class CompressedReader(CheckpointReader):
     """The tensors of a compressed checkpoint; ``tensors`` and ``read`` show the dense model.
 
     Attributes:
         stored: name -> TensorInfo of what the files hold.
         packed: names of the modules whose weight is packed.
+        digest: SHA-256, hexadecimal, of names, dtypes and shapes of all stored tensors and the checks of the packed
+            ones. It tells a checkpoint from which a tensor or a shard is gone, and one model from another.
 
     Raises:
         ModelError: as ``CheckpointReader``, or a packed weight lacks a part or is not what its check tensor says.
@@ -34,17 +49,21 @@ class CompressedReader(CheckpointReader):
         for name in self.tensors:
             if name.endswith((f".{MASK}", f".{PERM}")):
                 raise ModelError(f"{self.tensors[name].file}: tensor {name} has no {CHECK} beside it; export again")
+        checks: dict[str, list[int]] = {}
         for name, check in read_tensors(self.stored, (f"{module}.{CHECK}" for module in self.packed)):
             module = name.removesuffix(f".{CHECK}")
-            values = self.stored.get(f"{module}.{VALUES}")
-            if values is None:
-                raise ModelError(f"{self.stored[name].file}: tensor {module}.{VALUES} is missing; export again")
+            for part in (VALUES, MASK):
+                if f"{module}.{part}" not in self.stored:
+                    raise ModelError(f"{self.stored[name].file}: tensor {module}.{part} is missing; export again")
+            values = self.stored[f"{module}.{VALUES}"]
             # Nothing is read from it before its dtype is known: there are some that torch cannot make numbers of.
             sound = check.dtype == torch.int64 and tuple(check.shape) == (8,)
             shape = tuple(check.tolist()[1:3]) if sound else ()
             if not sound or min(shape) < 1:
                 raise ModelError(f"{self.stored[name].file}: tensor {name} is malformed; export the model again")
             self.tensors[f"{module}.{VALUES}"] = TensorInfo(values.file, shape, values.dtype)
+            checks[name] = check.tolist()
+        self.digest = digest({name: (info.dtype, info.shape) for name, info in self.stored.items()}, checks)
 
     def _parts(self, module: str) -> list[str]:
         return [name for part in PARTS if (name := f"{module}.{part}") in self.stored]
@@ -92,4 +111,12 @@ def open_checkpoint(folder: Path) -> CheckpointReader:
         ModelError: as the readers.
     """
     storage = read_storage(read_config(folder).get(KEY), folder / "config.json")
-    return CheckpointReader(folder) if storage is None else CompressedReader(folder)
+    if storage is None:
+        return CheckpointReader(folder)
+    reader = CompressedReader(folder)
+    if storage.digest and storage.digest != reader.digest:
+        raise ModelError(
+            f"{folder / 'config.json'}: key {KEY}.digest does not belong to the tensors beside it: one is missing, was "
+            "added or is from another model; download or export all files again"
+        )
+    return reader

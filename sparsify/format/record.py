@@ -18,6 +18,7 @@ the values: BF16, F16 or F32), so that a changed header is noticed like a change
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 
@@ -128,20 +129,28 @@ def _read_check(check: torch.Tensor, refuse: _Refuse) -> tuple[tuple[int, int], 
     return (n_out, n_in), NofM(n, m) if m else None, checks
 
 
+@functools.cache
+def keeps(pattern: NofM, device: torch.device) -> torch.Tensor:
+    """For each byte of a mask whether every group of m columns in it, m 4 or 8, keeps n: bool [256]."""
+    bits = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).view(256, -1, pattern.m)
+    return (bits.sum(dim=2) == pattern.n).all(dim=1).to(device)
+
+
 def check_bits(mask: torch.Tensor, n_in: int, pattern: NofM | None, n_values: int, refuse: _Refuse) -> None:
     """A checksum can be forged: what is decoded from must also be what an encoder writes."""
     if n_in % 8 and bool((mask[:, -1] >> (n_in % 8)).any()):
         raise refuse(MASK, "marks columns that the weight does not have")
     if pattern is None:
-        kept = int(count_bits(mask).sum())
-        if kept != n_values:
-            raise refuse(MASK, f"keeps {kept} weights, and {n_values} values are stored")
+        n_kept = int(count_bits(mask).sum())
+        if n_kept != n_values:
+            raise refuse(MASK, f"keeps {n_kept} weights, and {n_values} values are stored")
         return
-    if pattern.m % 8 == 0:
-        per_group = count_bits(mask).view(mask.shape[0], -1, pattern.m // 8).sum(dim=2)
-    elif pattern.m == 4 and n_in % 8 == 0:
-        per_group = torch.stack((count_bits(mask & 15), count_bits(mask >> 4)))
+    if pattern.m in (4, 8) and n_in % 8 == 0:
+        # One look-up for a byte of whole groups.
+        kept = keeps(pattern, mask.device)[mask.flatten().int()]
+    elif pattern.m % 8 == 0:
+        kept = count_bits(mask).view(mask.shape[0], -1, pattern.m // 8).sum(dim=2) == pattern.n
     else:
-        per_group = unpack_bits(mask, n_in).view(mask.shape[0], -1, pattern.m).sum(dim=2)
-    if not bool((per_group == pattern.n).all()):
+        kept = unpack_bits(mask, n_in).view(mask.shape[0], -1, pattern.m).sum(dim=2) == pattern.n
+    if not bool(kept.all()):
         raise refuse(MASK, f"does not keep {pattern} in every group")

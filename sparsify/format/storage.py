@@ -11,6 +11,12 @@ from sparsify.format.record import FORMAT
 
 METHOD = "sparsify"
 KEY = "quantization_config"
+# Model types whose loader in vLLM hands each tensor over unchanged. Each is served in the tests; a loader that
+# transposes or interleaves weights (GPT-2, GPT-NeoX, Falcon) would be given packed values to do it with.
+SERVED = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "stablelm", "gemma", "gemma2", "gemma3_text", "phi3"}
+    | {"cohere", "starcoder2", "smollm3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}
+)
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,17 @@ class Storage:
 
     Attributes:
         ignore: names of the modules whose 2-D weight is stored dense.
+        digest: of names, shapes, dtypes and checks of all tensors (``CompressedReader.digest``); empty where whoever
+            wrote the checkpoint did not know them.
     """
 
     ignore: tuple[str, ...] = ()
+    digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to config.json."""
-        return {"quant_method": METHOD, "format": FORMAT, "ignore": list(self.ignore)}
+        stored = {"quant_method": METHOD, "format": FORMAT, "ignore": list(self.ignore)}
+        return {**stored, "digest": self.digest} if self.digest else stored
 
 
 def read_storage(value: Any, where: object = "config.json") -> Storage | None:
@@ -43,4 +53,7 @@ def read_storage(value: Any, where: object = "config.json") -> Storage | None:
         )
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
         raise ModelError(f"{where}: key {KEY}.ignore is not a list of module names; export the model again")
-    return Storage(tuple(ignore))
+    digest = value.get("digest", "")
+    if not isinstance(digest, str):
+        raise ModelError(f"{where}: key {KEY}.digest is not a string; export the model again")
+    return Storage(tuple(ignore), digest)

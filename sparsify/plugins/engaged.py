@@ -1,11 +1,12 @@
 """Which kernel computes with each linear of a served model, as the engine's own process knows it.
 
 The plugin fills a ``Record`` while a model loads. When the last linear is ready it says so once in the log and, where
-``SPARSIFY_ENGAGED_DIR`` names a folder, writes ``<pid>.json`` there, since the engine may be another process.
+``SPARSIFY_ENGAGED_DIR`` names a folder, writes ``<pid>-<n>.json`` there, since the engine may be another process.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -37,9 +38,10 @@ class Engaged:
 
 @dataclass
 class Record:
-    """The linears of one model on one rank: ``expected`` names, and those that are ready."""
+    """The linears of one model on one rank: ``expected`` names, and those that are ready; ``number`` is the model's."""
 
     rank: int = 0
+    number: int = field(default_factory=itertools.count().__next__)
     expected: set[str] = field(default_factory=set)
     linears: dict[str, Engaged] = field(default_factory=dict)
 
@@ -48,7 +50,10 @@ class Record:
         self.linears[name] = engaged
         if self.expected <= self.linears.keys():
             log.info("%s", self.summary())
-            self.write()
+            try:
+                self.write()
+            except OSError as error:
+                log.warning("sparsify: %s: what runs cannot be written there: %s", os.environ[FOLDER], error.strerror)
 
     def summary(self) -> str:
         """One line: how many linears run by which kernel and why, and their memory."""
@@ -69,7 +74,8 @@ class Record:
         folder = os.environ.get(FOLDER)
         if not folder:
             return
-        path = Path(folder) / f"{os.getpid()}.json"
+        path = Path(folder) / f"{os.getpid()}-{self.number}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         body = {"rank": self.rank, "linears": {name: asdict(entry) for name, entry in self.linears.items()}}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(body), encoding="utf-8")

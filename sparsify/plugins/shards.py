@@ -111,7 +111,7 @@ class Shards:
 
     def _keep(self, places: tuple[int, ...], weight: Packed | torch.Tensor, name: str) -> None:
         """Cut ``weight``, which holds the rows of ``places``, and keep this rank's part of each."""
-        sizes = [weight.shape[0]] if len(places) == 1 else [self.cut.sections[i] for i in places]
+        sizes = [self.cut.sections[i] for i in places]
         if sum(sizes) != weight.shape[0]:
             raise ModelError(f"tensor {name}.{VALUES}: has {weight.shape[0]} rows, config.json asks for {sum(sizes)}")
         start = 0

@@ -23,13 +23,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.errors import ModelError, UsageError
 from sparsify.format.packed import DTYPES, Packed, encode, fits
-from sparsify.format.record import FORMAT, VALUES, to_tensors
+from sparsify.format.reader import digest
+from sparsify.format.record import CHECK, FORMAT, VALUES, to_tensors
 from sparsify.format.storage import KEY, METHOD, Storage, read_storage
 from sparsify.kernels.dispatch import AUTO, DENSE, check_request
 from sparsify.plugins.sparse_linear import SparseLinear
 from sparsify.plugins.transformers_loading import Layout, Plan, Unpacking, Whole, put_kernel, scan
 
 _LOG = logging.getLogger("sparsify")
+
+
+_NAMES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class SparsifyConfig(QuantizationConfigMixin):
@@ -41,6 +48,7 @@ class SparsifyConfig(QuantizationConfigMixin):
         ignore: modules that are stored dense.
         format: of the tensors.
         quant_method: ``sparsify``.
+        digest: of the stored tensors; made anew when the model is saved.
         others: keys that this version does not know; a warning names them.
 
     Raises:
@@ -53,18 +61,20 @@ class SparsifyConfig(QuantizationConfigMixin):
         ignore: Iterable[str] = (),
         format: int = FORMAT,
         quant_method: str = METHOD,
+        digest: str = "",
         **others: Any,
     ) -> None:
-        storage = read_storage({"quant_method": METHOD, "format": format, "ignore": ignore})
+        storage = read_storage({"quant_method": METHOD, "format": format, "ignore": ignore, "digest": digest})
         if others:
             _LOG.warning("%s.%s is unknown and ignored", KEY, ", ".join(others))
         self.quant_method = METHOD
         self.ignore = list(storage.ignore if storage else ())
+        self.digest = storage.digest if storage else ""
         self.kernel = kernel
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json stores."""
-        return Storage(tuple(self.ignore)).to_dict()
+        return Storage(tuple(self.ignore), self.digest).to_dict()
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of the dict that transformers takes this for where a loaded config opens a second model."""
@@ -223,6 +233,7 @@ class SparsifyQuantizer(HfQuantizer):
             if layout is not None:
                 dense.append(module)
         self.quantization_config.ignore = [*self.ignore, *sorted(set(dense) - set(self.ignore))]
+        self.quantization_config.digest = _digest(tensors)
         setattr(model.config, KEY, self.quantization_config)
         return tensors, {}
 
@@ -275,6 +286,14 @@ def _devices(device_map: Any) -> set[Any]:
     if isinstance(device_map, Mapping):
         return {f"cuda:{device}" if isinstance(device, int) else str(device) for device in device_map.values()}
     return {"cuda" if torch.cuda.is_available() else "cpu"}
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """As a reader will compute it; empty where a dtype has no name that is known here."""
+    if any(tensor.dtype not in _NAMES for tensor in tensors.values()):
+        return ""
+    checks = {name: tensor.tolist() for name, tensor in tensors.items() if name.endswith(f".{CHECK}")}
+    return digest({name: (_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}, checks)
 
 
 def _repack(weight: torch.Tensor, layout: Layout) -> Packed | None:

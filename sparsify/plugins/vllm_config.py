@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from sparsify import __version__
+from sparsify.errors import ModelError, UsageError
+from sparsify.files import stamps
 from sparsify.format.legacy import legacy_format
-from sparsify.format.storage import METHOD, read_storage
-from sparsify.kernels.dispatch import AUTO
+from sparsify.format.reader import open_checkpoint
+from sparsify.format.storage import METHOD, SERVED, read_storage
+from sparsify.kernels.dispatch import AUTO, check_request
 from sparsify.plugins.engaged import RECORDS, Record
 
 
@@ -74,10 +78,30 @@ class SparsifyConfig(QuantizationConfig):
         return cls(compressed=bool(legacy or read_storage(config)), legacy=legacy)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, *args: Any, **kwargs: Any) -> None:
-        """Put what shapes the compiled graph into its cache key: vLLM hashes the model's config, not this object."""
-        stored = getattr(hf_config, "quantization_config", None)
-        if isinstance(stored, dict):
-            stored["plugin"] = __version__
+        """Refuse what would load wrongly, and put what shapes the compiled graph into vLLM's key for it.
+
+        vLLM hashes the model's config for that key, and neither the weights nor this object; but which linears are
+        packed, and how, is part of the graph. A model that is not a local folder is told apart by the digest that
+        export wrote.
+
+        Raises:
+            ModelError: a model type whose loader is not known to take packed weights, or files that lack a tensor.
+        """
+        model_type = getattr(hf_config, "model_type", None)
+        if self.compressed and model_type not in SERVED:
+            raise ModelError(
+                f"{model_name}: how vLLM loads model type {model_type!r} has not been checked with packed weights; "
+                "export it with --dense"
+            )
+        folder = Path(model_name)
+        files: list[Any] = []
+        if folder.is_dir():
+            if self.compressed:
+                # A shard that is gone: vLLM looks for missing tensors only where nothing is quantised.
+                open_checkpoint(folder)
+            files = sorted(stamps(folder.glob("*.safetensors")).items())
+        if hf_config is not None:
+            hf_config.sparsify = {"plugin": __version__, "files": files}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method for a linear or for experts; None, which is vLLM's own, for everything else."""
@@ -97,8 +121,9 @@ class SparsifyConfig(QuantizationConfig):
         if self._known:
             return
         engine = get_current_vllm_config()
-        own = engine.additional_config.get(METHOD) if isinstance(engine.additional_config, dict) else None
-        self.kernel = own.get("kernel", AUTO) if isinstance(own, dict) else AUTO
+        options = engine.additional_config if isinstance(engine.additional_config, dict) else {}
+        self.kernel = _kernel(options.get(METHOD, {}))
+        check_request(self.kernel, torch.empty(0).device)
         self.dummy = str(getattr(engine.load_config.load_format, "value", engine.load_config.load_format)) == "dummy"
         self.record.rank = get_tensor_model_parallel_rank()
         RECORDS.append(self.record)
@@ -108,6 +133,17 @@ class SparsifyConfig(QuantizationConfig):
         """Names of the stored weights that make the linear ``prefix``."""
         stem, dot, leaf = prefix.rpartition(".")
         return [stem + dot + part for part in self.packed_modules_mapping.get(leaf, [leaf])]
+
+
+def _kernel(options: Any) -> str:
+    """The kernel that ``additional_config`` asks for.
+
+    Raises:
+        UsageError: it is not ``{"sparsify": {"kernel": NAME}}``.
+    """
+    if not isinstance(options, dict) or not set(options) <= {"kernel"}:
+        raise UsageError(f"additional_config: sparsify is {options!r}; write {{'sparsify': {{'kernel': NAME}}}}")
+    return str(options.get("kernel", AUTO))
 
 
 def register_config() -> None:

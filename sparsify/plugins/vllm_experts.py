@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from sparsify.errors import ModelError
 from sparsify.format import legacy
 from sparsify.format.packed import decode
-from sparsify.format.record import PARTS, VALUES, from_tensors, is_complete
+from sparsify.format.record import PARTS, PERM, VALUES, from_tensors, is_complete
 from sparsify.plugins.engaged import Engaged
 from sparsify.plugins.vllm_plugin import log
 
@@ -53,7 +53,7 @@ def make_experts_method(config: SparsifyConfig, layer: Any, prefix: str) -> Any:
             for stack in _STACKS:
                 collector = layer.__dict__.pop(f"sparsify_{stack}", None)
                 if collector is not None:
-                    collector.close()
+                    collector.close(config.dummy)
                     for part in collector.parts:
                         if part != VALUES:
                             delattr(layer, f"{stack}_{part}")
@@ -74,11 +74,17 @@ class _Collector:
         moe = layer.moe_config
         # Columns of a dense weight in the checkpoint.
         self.columns = moe.intermediate_size if stack == "w2" else moe.hidden_dim_unpadded
+        self.shards = ("w2",) if stack == "w2" else ("w1", "w3") if moe.is_act_and_mul else ("w1",)
+        # Under this name and no other vLLM takes a tensor for a weight.
+        self.name = f"{prefix}.{stack}_{VALUES}"
         self.prefix = prefix
         self.legacy = legacy_format
         self.parts = (VALUES, *legacy.PARTS) if legacy_format else PARTS
         self._load_dense = self.parameter.weight_loader
+        self._local = layer._map_global_expert_id_to_local_expert_id
+        self._global = layer.global_num_experts
         self._waiting: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self._loaded: set[tuple[int, str]] = set()
 
     def loader(self, part: str) -> Any:
         """The weight loader for one part, with the signature that vLLM's experts have."""
@@ -86,29 +92,44 @@ class _Collector:
         def load(
             param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int, **options: Any
         ) -> Any:
-            name = f"{self.prefix}, expert {expert_id}, {shard_id}"
             if part == VALUES and (self.legacy or self._is_dense(loaded_weight)):
-                return self._load_dense(
-                    self.parameter, loaded_weight, f"{self.prefix}.{VALUES}", shard_id, expert_id, **options
-                )
+                return self._keep(loaded_weight, shard_id, expert_id, options)
             parts = self._waiting.setdefault((expert_id, shard_id), {})
             parts[part] = loaded_weight
             if not (legacy.is_complete(parts, self.legacy) if self.legacy else is_complete(parts)):
                 return True if options.get("return_success") else None
             del self._waiting[expert_id, shard_id]
+            if self._local(expert_id) == -1:
+                return self._keep(None, shard_id, expert_id, options)
+            name = f"{self.prefix}.{expert_id}.{shard_id}"
             packed = legacy.from_legacy(name, parts, self.legacy) if self.legacy else from_tensors(name, parts)
-            return self._load_dense(self.parameter, decode(packed), weight_name, shard_id, expert_id, **options)
+            return self._keep(decode(packed), shard_id, expert_id, options)
 
         return load
+
+    def _keep(self, weight: torch.Tensor | None, shard_id: str, expert_id: int, options: dict[str, Any]) -> Any:
+        """Hand a dense weight to vLLM, unless another rank computes this expert."""
+        self._loaded.add((expert_id, shard_id))
+        if weight is None:
+            return False if options.get("return_success") else None
+        return self._load_dense(self.parameter, weight, self.name, shard_id, expert_id, **options)
 
     def _is_dense(self, tensor: torch.Tensor) -> bool:
         """Packed values have one axis, or fewer columns than the dense weight."""
         return tensor.dim() == 3 or (tensor.dim() == 2 and tensor.shape[1] == int(self.columns))
 
-    def close(self) -> None:
-        """Refuse what has not arrived whole."""
+    def close(self, dummy: bool) -> None:
+        """Refuse what has not arrived whole: vLLM would compute with memory as it was.
+
+        Raises:
+            ModelError: names the first expert that lacks something.
+        """
         for (expert, shard), parts in self._waiting.items():
-            missing = sorted(set(self.parts) - set(parts) - {"weight_perm"})
-            raise ModelError(
-                f"{self.prefix}, expert {expert}, {shard}: tensor {missing[0]} is missing; export the model again"
-            )
+            missing = sorted(set(self.parts) - set(parts) - {PERM, legacy.OFFSETS})
+            raise ModelError(f"tensor {self.prefix}.{expert}.{shard}.{missing[0]} is missing; export the model again")
+        for expert in range(0 if dummy else self._global):
+            for shard in self.shards:
+                if (expert, shard) not in self._loaded and self._local(expert) != -1:
+                    raise ModelError(
+                        f"tensor {self.prefix}.{expert}.{shard}.{VALUES} is missing; export the model again"
+                    )

@@ -53,7 +53,8 @@ class _SparseLinearMethod(LinearMethodBase):
         if isinstance(weight, Packed):
             self.choice = choose(weight, self.config.kernel)
         asked = self.config.kernel not in (AUTO, DENSE)
-        reason = self.choice.reason or ("; ".join(dict.fromkeys(notes)) if asked else "")
+        why = "; ".join(dict.fromkeys(notes)) or ("" if isinstance(weight, Packed) else "its weight is not packed")
+        reason = self.choice.reason or (why if asked else "")
         resident = dense_bytes
         if self.choice.kernel is None:
             layer.weight = Parameter(decode(weight) if isinstance(weight, Packed) else weight, requires_grad=False)
@@ -145,13 +146,24 @@ class CompressAtLoad(_SparseLinearMethod):
     """A linear of a plain checkpoint: loaded as usual, then packed if a sparse kernel will compute with it."""
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
-        """As vLLM does."""
-        self.dense.create_weights(layer, *args, **extra)
+        """As vLLM does, and note what arrives."""
+        layer.sparsify_loaded = []
+        load = extra.pop("weight_loader")
+
+        def loader(parameter: Parameter, tensor: torch.Tensor, *key: Any) -> None:
+            layer.sparsify_loaded.append(key)
+            load(parameter, tensor, *key)
+
+        self.dense.create_weights(layer, *args, weight_loader=loader, **extra)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight where its zeros allow it and a kernel was asked for."""
-        if self.prefix in self.config.record.linears:
-            return
+        if not hasattr(layer, "sparsify_loaded"):
+            return  # done before
+        # vLLM itself looks for missing weights only where nothing is quantised.
+        if not layer.sparsify_loaded and not self.config.dummy:
+            raise ModelError(f"tensor {self.prefix}.weight is missing from the checkpoint; download it again")
+        del layer.sparsify_loaded
         weight: torch.Tensor = layer.weight.data
         del layer.weight
         dense = self.config.kernel in (AUTO, DENSE)
@@ -164,7 +176,7 @@ _WORTH_PACKING = 0.25
 
 def _packed_if_sparse(weight: torch.Tensor) -> Packed | torch.Tensor:
     """The weight as 2:4 where its zeros allow it, unstructured where they are many, else as it is."""
-    if float((weight == 0).float().mean()) < _WORTH_PACKING:
+    if weight.dim() != 2 or float((weight == 0).float().mean()) < _WORTH_PACKING:
         return weight
     return encode(weight, TWO_OF_FOUR if fits(weight, TWO_OF_FOUR) else None)
 

@@ -1,12 +1,10 @@
-"""Pack what vllm_gpu.py needs on a GPU machine without a network, in batches of a limited size.
-
-    python benchmarks/vllm_gpu_pack.py --out DIR [--limit-mib 60]
+"""The stage that packs what the others need on a GPU machine without a network, in batches of a limited size.
 
 Downloads vLLM's CUDA wheel and the packages that it imports (nothing is installed), leaves out of vLLM what a Llama on
-a Hopper GPU does not load, adds this checkout as a wheel, and writes `batch-1.tar`, `batch-2.tar` ... and
-`manifest.json`. Each batch is self-describing; `vllm_gpu.py unpack` joins and verifies them. The machine has Python
-3.12, torch 2.11 for CUDA 13, triton and transformers: none of these is packed, nor is a model, whose weights are random
-and made there. Run again after a change, it downloads and compresses only what changed.
+a Hopper GPU does not load, adds this checkout as a wheel, and writes `batch-1.tar`, `batch-2.tar` ..., which
+the stage `unpack` verifies and joins. The machine has Python 3.12, torch 2.11 for CUDA 13, triton and transformers:
+none of these is packed, nor is a model, whose weights are random and made there. Run again after a change, it downloads
+and compresses only what changed.
 """
 
 from __future__ import annotations
@@ -22,12 +20,11 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from provenance import commit
-from vllm_gpu import MANIFEST, sha256
+
+from vllm_gpu.record import MANIFEST
+from vllm_gpu.unpack import sha256
 
 # The newest version of vLLM for torch 2.11 whose compiled core is of moderate size.
 VLLM = "vllm==0.25.1"
@@ -122,6 +119,10 @@ def _wheel(wheels: Path, requirement: str) -> Path | None:
 
 def conflicts(wheels: list[Path]) -> list[str]:
     """What a wheel asks of another one here and does not get; pip, which resolves nothing here, would not notice."""
+    # The stages on the GPU machine import this module, and may not have these.
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     metadata = []
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
@@ -144,7 +145,7 @@ def conflicts(wheels: list[Path]) -> list[str]:
 
 def own_wheel(scratch: Path) -> Path:
     """This checkout as a wheel, as it is, changes included."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(scratch), str(root)]
     subprocess.run(command, check=True)
     return next(scratch.glob("*.whl"))
@@ -239,30 +240,26 @@ def fill(pieces: list[Path], limit: int) -> list[list[Path]]:
     return batches
 
 
-def write_batches(units: dict[str, Path], n_files: int, out: Path, limit: int) -> dict[str, Any]:
-    """Write the batches, each with the manifest inside; the manifest, with the batches' own sums added."""
+def write_batches(units: dict[str, Path], n_files: int, out: Path, limit: int) -> list[Path]:
+    """Write the batches, each with the manifest inside."""
     # Members of a tar are padded, and the manifest travels too.
     room = limit - (1 << 18)
+    for old in out.glob("batch-*.tar"):
+        old.unlink()
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         parts = {unit: split(unit, path, room, Path(scratch)) for unit, path in units.items()}
         batches = fill([piece for pieces in parts.values() for piece in pieces], room)
-        batch_of = {piece: f"batch-{i}.tar" for i, batch in enumerate(batches, 1) for piece in batch}
-        manifest: dict[str, Any] = {
+        paths = [out / f"batch-{i}.tar" for i in range(1, len(batches) + 1)]
+        batch_of = {piece: path.name for path, batch in zip(paths, batches, strict=True) for piece in batch}
+        manifest = {
             "commit": commit(),
             "files": n_files,
             "units": [
                 {
                     "name": unit,
                     "sha256": sha256(units[unit]),
-                    "bytes": units[unit].stat().st_size,
                     "parts": [
-                        {
-                            "name": piece.name,
-                            "sha256": sha256(piece),
-                            "bytes": piece.stat().st_size,
-                            "batch": batch_of[piece],
-                        }
-                        for piece in pieces
+                        {"name": piece.name, "sha256": sha256(piece), "batch": batch_of[piece]} for piece in pieces
                     ],
                 }
                 for unit, pieces in parts.items()
@@ -270,19 +267,13 @@ def write_batches(units: dict[str, Path], n_files: int, out: Path, limit: int) -
         }
         inside = Path(scratch) / MANIFEST
         inside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for old in out.glob("batch-*.tar"):
-            old.unlink()
-        manifest["batches"] = []
-        for i, batch in enumerate(batches, 1):
-            path = out / f"batch-{i}.tar"
+        for path, batch in zip(paths, batches, strict=True):
             with tarfile.open(path, "w") as archive:
                 for member in [inside, *batch]:
                     archive.add(member, member.name)
             if path.stat().st_size > limit:
                 sys.exit(f"{path}: {path.stat().st_size} bytes, more than --limit-mib allows")
-            manifest["batches"].append({"name": path.name, "sha256": sha256(path), "bytes": path.stat().st_size})
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return manifest
+    return paths
 
 
 COMMANDS = """
@@ -306,19 +297,15 @@ attention for Hopper fails, add --attention TRITON_ATTN. The record of `serve --
 """
 
 
-def main() -> None:
+def pack(options: argparse.Namespace) -> int:
     """Download, strip, compress, and write the batches."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--limit-mib", type=float, default=60, help="of a batch; the checkout's own files travel too")
-    options = parser.parse_args()
     out: Path = options.out
     wheels = download(out / "wheels")
     wrong = conflicts(wheels)
     if wrong:
         sys.exit("\n".join(wrong))
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        folders = lay_out(wheels, own_wheel(Path(scratch)), _fresh(Path(scratch) / "units"))
+        folders = lay_out(wheels, own_wheel(Path(scratch)), Path(scratch) / "units")
         n_files = 0
         units: dict[str, Path] = {}
         for unit, folder in folders.items():
@@ -328,18 +315,10 @@ def main() -> None:
             raw = sum(path.stat().st_size for path in files)
             size = units[unit].stat().st_size
             print(f"{unit}: {len(files)} files, {raw / 1e6:.1f} MB, compressed {size / 1e6:.1f} MB", flush=True)
-    manifest = write_batches(units, n_files, out, int(options.limit_mib * 2**20))
-    for batch in manifest["batches"]:
-        print(f"{out / batch['name']}: {batch['bytes'] / 2**20:.1f} MiB, sha256 {batch['sha256']}")
-    take = "python3 benchmarks/vllm_gpu.py unpack --batches $BATCHES --into /tmp/vllm-gpu"
-    lines = [f": {batch['name']} is in $BATCHES;\n{take}" for batch in manifest["batches"]]
+    batches = write_batches(units, n_files, out, int(options.limit_mib * 2**20))
+    for path in batches:
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, sha256 {sha256(path)}")
+    take = "python3 benchmarks/vllm_gpu unpack --batches $BATCHES --into /tmp/vllm-gpu"
+    lines = [f": {path.name} is in $BATCHES;\n{take}" for path in batches]
     print(COMMANDS.format(first="\n\n".join(lines[:-1]), last=lines[-1]))
-
-
-def _fresh(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
-if __name__ == "__main__":
-    main()
+    return 0

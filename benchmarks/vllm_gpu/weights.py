@@ -1,0 +1,66 @@
+"""Random pruned weights, and whether two tensors are the same."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsify.format.packed import Packed
+    from sparsify.types import NofM
+
+
+def pruned(weight: torch.Tensor, pattern: NofM | None) -> torch.Tensor:
+    """``weight``, changed in place to keep its largest values by ``pattern``, or half of them where that is None."""
+    from sparsify.masks import keep_mask
+    from sparsify.types import Unstructured
+
+    # Not a product with the mask: that makes negative zeros, which count as values.
+    return weight.masked_fill_(~keep_mask(weight.abs(), pattern or Unstructured(Fraction(1, 2))), 0)
+
+
+def random_packed(
+    shape: tuple[int, int],
+    pattern: NofM | None,
+    dtype: torch.dtype,
+    *,
+    perm: bool = False,
+    device: str = "cpu",
+) -> Packed:
+    """A random weight, made on ``device``; half its values are zero where ``pattern`` is None.
+
+    Some groups are all zero, and one zero is negative, which counts as a value.
+    """
+    import torch
+
+    from sparsify.format.packed import encode
+
+    generator = torch.Generator(device=device).manual_seed(0)
+    stored = pruned(torch.randn(shape, generator=generator, device=device) / math.sqrt(shape[1]), pattern)
+    stored[shape[0] // 2, : shape[1] // 2] = 0
+    stored = stored.to(dtype)
+    place = int((stored[-1] != 0).nonzero()[0, 0])
+    stored[-1, place] = -0.0
+    if not perm:
+        return encode(stored, pattern)
+    order = torch.randperm(shape[1], generator=generator, device=device)
+    weight = torch.empty_like(stored)
+    weight[:, order] = stored
+    return encode(weight, pattern, order)
+
+
+def describe(packed: Packed) -> str:
+    """A weight's shape, pattern, dtype and order, as a case of a check."""
+    shape, order = " x ".join(map(str, packed.shape)), "" if packed.perm is None else " permuted"
+    return f"{shape} {packed.pattern or 'unstructured'} {packed.dtype}{order}"
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal to the bit, wherever they lie."""
+    import torch
+
+    as_bytes = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*as_bytes)
