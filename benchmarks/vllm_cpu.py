@@ -113,15 +113,19 @@ def main() -> None:
                 sample = run(getattr(arguments, folder), kernel, cold)
                 samples.append({"run": i, "cold": cold, "variant": name, **sample})
                 print(json.dumps(samples[-1]), flush=True)
+        # After each round: a round is what can be compared.
+        write(samples, arguments.out)
+
+
+def write(samples: list[dict[str, Any]], out: Path) -> None:
+    """The record of whole rounds: raw samples, and ratios to the plain checkpoint within each."""
+    found = {(s["run"], s["cold"], s["variant"]): s for s in samples}
+    n_runs = 1 + max(s["run"] for s in samples)
     ratios = {}
     for cold in (False, True):
         for name in list(VARIANTS)[1:]:
             for key in ("load_s", "start_s", "tokens_per_s"):
-                pairs = [
-                    next(s[key] for s in samples if (s["run"], s["cold"], s["variant"]) == (i, cold, name))
-                    / next(s[key] for s in samples if (s["run"], s["cold"], s["variant"]) == (i, cold, "plain"))
-                    for i in range(arguments.runs)
-                ]
+                pairs = [found[i, cold, name][key] / found[i, cold, "plain"][key] for i in range(n_runs)]
                 ratios[f"{name}, {'cold' if cold else 'warm'}, {key} to plain"] = {
                     "median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "n": len(pairs),
                 }  # fmt: skip
@@ -133,9 +137,9 @@ def main() -> None:
         "ratios": ratios,
         "samples": samples,
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for key, value in ratios.items():
-        print(f"{key}: {value['median']:.3f} ({value['min']:.3f} to {value['max']:.3f})")
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for name, value in ratios.items():
+        print(f"{name}: {value['median']:.3f} ({value['min']:.3f} to {value['max']:.3f})", flush=True)
 
 
 if __name__ == "__main__":
