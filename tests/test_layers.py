@@ -35,7 +35,8 @@ RANKS = [
     {"sparsify.plugins", "sparsify.plugins.sparse_linear", "sparsify.plugins.transformers_quantizer"}
     | {"sparsify.plugins.transformers_loading"}
     | {"sparsify.plugins.engaged", "sparsify.plugins.shards", "sparsify.plugins.vllm_plugin"}
-    | {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear", "sparsify.plugins.vllm_experts"},
+    | {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear", "sparsify.plugins.vllm_experts"}
+    | {"sparsify.plugins.vllm_loading"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
     | {"sparsify.runtimes.onnxruntime_session", "sparsify.runtimes.vllm_session", "sparsify.runtimes.vllm_server"}
     | {"sparsify.runtimes.vllm_settings"},

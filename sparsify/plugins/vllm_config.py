@@ -19,27 +19,23 @@ from sparsify.format.legacy import legacy_format
 from sparsify.format.reader import open_checkpoint
 from sparsify.format.storage import METHOD, SERVED, read_storage
 from sparsify.kernels.dispatch import AUTO, check_request
-from sparsify.plugins.engaged import RECORDS, Record
+from sparsify.plugins.engaged import RECORDS
+from sparsify.plugins.vllm_loading import Loading
 
 
 class SparsifyConfig(QuantizationConfig):
-    """What the plugin knows of the model that is being loaded.
+    """What vLLM asks about the model that is being loaded.
 
-    Attributes:
-        compressed: the checkpoint holds packed weights; else it is plain, and weights are packed once they are loaded
-            (``--quantization sparsify``).
-        legacy: name of compressed-tensors' format, where that wrote the checkpoint.
-        record: what runs, for the log and ``engaged``.
+    Args:
+        compressed, legacy: see ``Loading``. Without arguments vLLM builds it for ``--quantization sparsify`` on a plain
+            checkpoint.
     """
 
     def __init__(self, compressed: bool = False, legacy: str | None = None) -> None:
         super().__init__()
-        self.compressed = compressed
-        self.legacy = legacy
-        self.record = Record()
+        # vLLM fills the mapping in place when it knows the model's class.
+        self.loading = Loading(compressed, legacy, self.packed_modules_mapping)
         self._known = False
-        self.kernel = AUTO
-        self.dummy = False
 
     @classmethod
     def get_name(cls) -> str:
@@ -88,7 +84,7 @@ class SparsifyConfig(QuantizationConfig):
             ModelError: a model type whose loader is not known to take packed weights, or files that lack a tensor.
         """
         model_type = getattr(hf_config, "model_type", None)
-        if self.compressed and model_type not in SERVED:
+        if self.loading.compressed and model_type not in SERVED:
             raise ModelError(
                 f"{model_name}: how vLLM loads model type {model_type!r} has not been checked with packed weights; "
                 "export it with --dense"
@@ -96,7 +92,7 @@ class SparsifyConfig(QuantizationConfig):
         folder = Path(model_name)
         files: list[Any] = []
         if folder.is_dir():
-            if self.compressed:
+            if self.loading.compressed:
                 # A shard that is gone: vLLM looks for missing tensors only where nothing is quantised.
                 open_checkpoint(folder)
             files = sorted(stamps(folder.glob("*.safetensors")).items())
@@ -110,29 +106,25 @@ class SparsifyConfig(QuantizationConfig):
 
         self._read_engine()
         if isinstance(layer, LinearBase):
-            method = PackedLinear if self.compressed else CompressAtLoad
-            return method(self, prefix)
-        if self.compressed and isinstance(layer, experts_class()):
-            return make_experts_method(self, layer, prefix)
+            method = PackedLinear if self.loading.compressed else CompressAtLoad
+            return method(self.loading, prefix)
+        if self.loading.compressed and isinstance(layer, experts_class()):
+            return make_experts_method(self.loading, layer, prefix)
         return None
 
     def _read_engine(self) -> None:
         """What the user asked of the engine; known from the first layer on, when vLLM has set its config."""
         if self._known:
             return
-        engine = get_current_vllm_config()
+        engine, loading = get_current_vllm_config(), self.loading
         options = engine.additional_config if isinstance(engine.additional_config, dict) else {}
-        self.kernel = _kernel(options.get(METHOD, {}))
-        check_request(self.kernel, torch.empty(0).device)
-        self.dummy = str(getattr(engine.load_config.load_format, "value", engine.load_config.load_format)) == "dummy"
-        self.record.rank = get_tensor_model_parallel_rank()
-        RECORDS.append(self.record)
+        loading.kernel = _kernel(options.get(METHOD, {}))
+        check_request(loading.kernel, torch.empty(0).device)
+        form = engine.load_config.load_format
+        loading.dummy = str(getattr(form, "value", form)) == "dummy"
+        loading.record.rank = get_tensor_model_parallel_rank()
+        RECORDS.append(loading.record)
         self._known = True
-
-    def stored_names(self, prefix: str) -> list[str]:
-        """Names of the stored weights that make the linear ``prefix``."""
-        stem, dot, leaf = prefix.rpartition(".")
-        return [stem + dot + part for part in self.packed_modules_mapping.get(leaf, [leaf])]
 
 
 def _kernel(options: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -12,10 +12,7 @@ from sparsify.format import legacy
 from sparsify.format.packed import decode
 from sparsify.format.record import PARTS, PERM, VALUES, from_tensors, is_complete
 from sparsify.plugins.engaged import Engaged
-from sparsify.plugins.vllm_plugin import log
-
-if TYPE_CHECKING:
-    from sparsify.plugins.vllm_config import SparsifyConfig
+from sparsify.plugins.vllm_loading import Loading, log
 
 # vLLM's parameters for the experts of a layer: gate and up, and down.
 _STACKS = ("w13", "w2")
@@ -29,7 +26,7 @@ def experts_class() -> type:
     return found
 
 
-def make_experts_method(config: SparsifyConfig, layer: Any, prefix: str) -> Any:
+def make_experts_method(loading: Loading, layer: Any, prefix: str) -> Any:
     """The method for unquantised experts, vLLM's own, which also takes packed ones."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
@@ -39,7 +36,7 @@ def make_experts_method(config: SparsifyConfig, layer: Any, prefix: str) -> Any:
         def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
             super().create_weights(layer, *args, **kwargs)
             for stack in _STACKS:
-                collector = _Collector(layer, stack, prefix, config.legacy)
+                collector = _Collector(layer, stack, prefix, loading.legacy)
                 for part in collector.parts:
                     if part == VALUES:
                         getattr(layer, f"{stack}_weight").weight_loader = collector.loader(part)
@@ -53,16 +50,16 @@ def make_experts_method(config: SparsifyConfig, layer: Any, prefix: str) -> Any:
             for stack in _STACKS:
                 collector = layer.__dict__.pop(f"sparsify_{stack}", None)
                 if collector is not None:
-                    collector.close(config.dummy)
+                    collector.close(loading.dummy)
                     for part in collector.parts:
                         if part != VALUES:
                             delattr(layer, f"{stack}_{part}")
             n_bytes = sum(getattr(layer, f"{stack}_weight").nbytes for stack in _STACKS)
             super().process_weights_after_loading(layer)
-            reason = "" if config.kernel in ("auto", "dense") else "experts are computed dense"
-            config.record.ready(prefix, Engaged("dense", "experts", reason, n_bytes, n_bytes), log)
+            reason = "" if loading.kernel in ("auto", "dense") else "experts are computed dense"
+            loading.record.ready(prefix, Engaged("dense", "experts", reason, n_bytes, n_bytes), log)
 
-    config.record.expected.add(prefix)
+    loading.record.expected.add(prefix)
     return PackedExperts(layer.moe_config)
 
 

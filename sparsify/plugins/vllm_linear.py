@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -16,11 +16,8 @@ from sparsify.format.record import PARTS
 from sparsify.kernels.dispatch import AUTO, DENSE, Choice, choose
 from sparsify.plugins.engaged import Engaged
 from sparsify.plugins.shards import Cut, Key, Shards
-from sparsify.plugins.vllm_plugin import log
+from sparsify.plugins.vllm_loading import Loading, log
 from sparsify.types import NofM
-
-if TYPE_CHECKING:
-    from sparsify.plugins.vllm_config import SparsifyConfig
 
 _DTYPES = {"weight_mask": torch.uint8, "bitmask": torch.uint8, "weight_perm": torch.int32}
 _FLOATS = ("weight", "compressed")
@@ -32,18 +29,18 @@ class _SparseLinearMethod(LinearMethodBase):
     """What both ways to a packed weight share: the choice of a kernel, and the product.
 
     Args:
-        config: of the model.
+        loading: of the model.
         prefix: name of the linear in vLLM's model.
     """
 
-    def __init__(self, config: SparsifyConfig, prefix: str) -> None:
-        self.config = config
+    def __init__(self, loading: Loading, prefix: str) -> None:
+        self.loading = loading
         self.prefix = prefix
         # Composed, not inherited: vLLM asks isinstance to tell unquantised checkpoints, and its CPU path replaces
         # the weight by one that oneDNN has laid out.
         self.dense = UnquantizedLinearMethod()
         self.choice = Choice(None)
-        config.record.expected.add(prefix)
+        loading.record.expected.add(prefix)
 
     def install(self, layer: Any, weight: Packed | torch.Tensor, notes: list[str]) -> None:
         """Give ``layer`` its weight as the chosen kernel wants it."""
@@ -51,8 +48,8 @@ class _SparseLinearMethod(LinearMethodBase):
         dense_bytes = math.prod(shape) * weight.dtype.itemsize
         pattern = str(weight.pattern or "unstructured") if isinstance(weight, Packed) else "dense"
         if isinstance(weight, Packed):
-            self.choice = choose(weight, self.config.kernel)
-        asked = self.config.kernel not in (AUTO, DENSE)
+            self.choice = choose(weight, self.loading.kernel)
+        asked = self.loading.kernel not in (AUTO, DENSE)
         why = "; ".join(dict.fromkeys(notes)) or ("" if isinstance(weight, Packed) else "its weight is not packed")
         reason = self.choice.reason or (why if asked else "")
         resident = dense_bytes
@@ -67,7 +64,7 @@ class _SparseLinearMethod(LinearMethodBase):
             for name, tensor in state.tensors.items():
                 layer.register_buffer(f"sparsify_{name}", tensor, persistent=False)
             resident = state.n_bytes
-        self.config.record.ready(self.prefix, Engaged(self.choice.name, pattern, reason, dense_bytes, resident), log)
+        self.loading.record.ready(self.prefix, Engaged(self.choice.name, pattern, reason, dense_bytes, resident), log)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product [..., out] of ``x`` [..., in] with the layer's weight."""
@@ -93,7 +90,7 @@ class PackedLinear(_SparseLinearMethod):
     ) -> None:
         """Register empty parameters under the stored names; their loaders keep what arrives."""
         device = torch.empty(0).device
-        names = self.config.stored_names(self.prefix)
+        names = self.loading.stored_names(self.prefix)
         if len(names) != len(output_partition_sizes):
             names = [f"{self.prefix}[{i}]" for i in range(len(output_partition_sizes))]
         if len(output_partition_sizes) == 1:
@@ -110,13 +107,13 @@ class PackedLinear(_SparseLinearMethod):
             device=device,
         )
         n_parts = len(output_partition_sizes)
-        layer.sparsify_shards = Shards(cut, lambda key: _places(key, n_parts, self.prefix), self.config.legacy)
-        for part in legacy.PARTS if self.config.legacy else PARTS:
+        layer.sparsify_shards = Shards(cut, lambda key: _places(key, n_parts, self.prefix), self.loading.legacy)
+        for part in legacy.PARTS if self.loading.legacy else PARTS:
             dtype = params_dtype if part in _FLOATS else _DTYPES.get(part, torch.int64)
             parameter: Any = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = _loader(layer.sparsify_shards, part)
             layer.register_parameter(part, parameter)
-        if self.config.legacy:  # a linear that is not sparse is stored as usual
+        if self.loading.legacy:  # a linear that is not sparse is stored as usual
             parameter = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             parameter.weight_loader = _loader(layer.sparsify_shards, "weight")
             layer.register_parameter("weight", parameter)
@@ -130,7 +127,7 @@ class PackedLinear(_SparseLinearMethod):
         shards: Shards | None = getattr(layer, "sparsify_shards", None)
         if shards is None:
             return  # done before
-        if shards.empty and self.config.dummy:
+        if shards.empty and self.loading.dummy:
             shape = (sum(shards.cut.rows), shards.cut.n_in)
             weight: Packed | torch.Tensor = _random(shape, shards.cut)
         else:
@@ -161,12 +158,12 @@ class CompressAtLoad(_SparseLinearMethod):
         if not hasattr(layer, "sparsify_loaded"):
             return  # done before
         # vLLM itself looks for missing weights only where nothing is quantised.
-        if not layer.sparsify_loaded and not self.config.dummy:
+        if not layer.sparsify_loaded and not self.loading.dummy:
             raise ModelError(f"tensor {self.prefix}.weight is missing from the checkpoint; download it again")
         del layer.sparsify_loaded
         weight: torch.Tensor = layer.weight.data
         del layer.weight
-        dense = self.config.kernel in (AUTO, DENSE)
+        dense = self.loading.kernel in (AUTO, DENSE)
         self.install(layer, weight if dense else _packed_if_sparse(weight), [])
 
 

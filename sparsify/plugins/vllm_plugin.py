@@ -13,7 +13,6 @@ import os
 OLDEST, NEWEST = (0, 24), (0, 33)
 ANY_VERSION = "SPARSIFY_ANY_VLLM"
 
-# Below vLLM's own logger, so that its handlers print what is said here.
 log = logging.getLogger("vllm.sparsify")
 
 
