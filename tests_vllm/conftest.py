@@ -219,6 +219,8 @@ def families(
     root = tmp_path_factory.mktemp("families")
     size = {**ordinary._SIZE, "hidden_size": 128, "intermediate_size": 96, "vocab_size": 128}
     size["max_position_embeddings"] = 128
+    # vLLM 0.24 computes experts of some widths only.
+    size |= {"moe_intermediate_size": 96, "shared_expert_intermediate_size": 96}
 
     def get(model_type: str) -> tuple[Path, Path]:
         known: dict[str, Callable[[], Any]] = {
