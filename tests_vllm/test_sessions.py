@@ -244,12 +244,12 @@ def test_what_only_the_first_token_shows_is_found_at_the_start() -> None:
 
 
 def test_sessions_beside_and_after_each_other(
-    stories: Path, offline: VllmSession, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+    pruned: tuple[Path, Path], offline: VllmSession, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second engine gets processes of its own, here two that share the model; ending one leaves the others alone."""
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
     before, want = dict(os.environ), offline.generate(ids[:2, :64], 16)
-    with VllmSession(stories, dtype="float32", tensor_parallel=2) as second:
+    with VllmSession(pruned[0], dtype="float32", tensor_parallel=2) as second:
         assert " x2 " in second.name
         assert {name: value for name, value in os.environ.items() if "VLLM" in name or "OMP" in name} == {
             name: value for name, value in before.items() if "VLLM" in name or "OMP" in name
@@ -257,7 +257,7 @@ def test_sessions_beside_and_after_each_other(
         assert np.array_equal(second.generate(ids[:2, :64], 16), want)
         np.testing.assert_allclose(second.prompt_logprobs(ids), offline.prompt_logprobs(ids), rtol=1e-4, atol=1e-4)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    with VllmSession(stories, dtype="float32") as third:
+    with VllmSession(pruned[0], dtype="float32") as third:
         assert np.array_equal(third.generate(ids[:2, :64], 16), want)
     assert np.array_equal(offline.generate(ids[:2, :64], 16), want)
 
