@@ -30,7 +30,7 @@ RANKS = [
     {"sparsify.prune", "sparsify.verify"},
     {"sparsify.exporters", "sparsify.exporters.hf", "sparsify.exporters.onnx_graph", "sparsify.exporters.onnx_standard"}
     | {"sparsify.exporters.onnx_weights", "sparsify.exporters.vllm_compressed"},
-    {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.library", "sparsify.kernels.dispatch"}
+    {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.operators", "sparsify.kernels.dispatch"}
     | {"sparsify.kernels.packed_reference", "sparsify.kernels.semi_structured"},
     {"sparsify.plugins", "sparsify.plugins.sparse_linear", "sparsify.plugins.transformers_quantizer"}
     | {"sparsify.plugins.transformers_loading"}

@@ -53,7 +53,8 @@ def run_child(
 
     Where it crashes, has to be stopped or gives no answer, the record says so, and what it printed last.
     """
-    from sparsify.runtimes.vllm_settings import ENGAGED, cause
+    from sparsify.plugins.engaged import FOLDER
+    from sparsify.runtimes.vllm_settings import cause
 
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder, prefix=f"{task}-"))
@@ -75,7 +76,7 @@ def run_child(
     variables = {
         **defaults,
         **os.environ,
-        ENGAGED: str(scratch / "engaged"),
+        FOLDER: str(scratch / "engaged"),
         "PYTHONPATH": os.pathsep.join(paths),
     }
     if arguments.get("in_process"):

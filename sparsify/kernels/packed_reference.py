@@ -13,7 +13,7 @@ import torch
 from sparsify.format.bits import count_bits
 from sparsify.format.packed import Packed, decode
 from sparsify.kernels.kernel import Kernel, State, gathered
-from sparsify.kernels.library import define
+from sparsify.kernels.operators import define
 from sparsify.types import NofM
 
 # Dense values expanded at a time. On a CPU 2 MB in 16 bits, which stay in a core's cache; on a GPU as many as make each

@@ -13,7 +13,7 @@ from torch.sparse._semi_structured_conversions import _calculate_meta_reordering
 
 from sparsify.format.packed import Packed, decode
 from sparsify.kernels.kernel import Kernel, State, gathered
-from sparsify.kernels.library import define
+from sparsify.kernels.operators import define
 from sparsify.types import NofM
 
 # Sparse tensor cores came with this compute capability.
