@@ -10,7 +10,7 @@ import torch
 
 from sparsify.checkpoint import SINGLE, copy_side_files, portable_config, read_config, read_permutations, write_index
 from sparsify.checkpoint import write_shard as write_tensors
-from sparsify.errors import ModelError, UsageError
+from sparsify.errors import ModelError
 from sparsify.exporters.hf import SHARD_BYTES
 from sparsify.files import write_json
 from sparsify.format.packed import DTYPES, Packed, encode, fits
@@ -91,11 +91,13 @@ def export_compressed(
 def _batches(tensors: Iterator[dict[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
     """Groups of tensors of ``limit`` bytes or a little more; what belongs to one weight stays together."""
     batch: dict[str, torch.Tensor] = {}
+    n_bytes = 0
     for group in tensors:
         batch |= group
-        if sum(tensor.nbytes for tensor in batch.values()) >= limit:
+        n_bytes += sum(tensor.nbytes for tensor in group.values())
+        if n_bytes >= limit:
             yield batch
-            batch = {}
+            batch, n_bytes = {}, 0
     if batch:
         yield batch
 
@@ -169,10 +171,7 @@ class _Plan:
         layouts = sorted(self.layouts[name].items(), key=lambda item: item[0][0].n / item[0][0].m)
         found = ((pattern, perm) for (pattern, _), perm in layouts if _has_layout(tensor, pattern, perm))
         pattern, perm = next(found, (None, None))
-        try:
-            packed = encode(tensor, pattern, perm)
-        except UsageError as error:
-            raise ModelError(f"{self.reader.tensors[name].file}: tensor {name}: {error}") from error
+        packed = encode(tensor, pattern, perm)
         if packed.n_bytes >= tensor.nbytes:
             self.left_dense += 1
             return None

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FOLDER = "SPARSIFY_ENGAGED_DIR"
+# Below vLLM's own logger, so that its handlers print what is said here.
+log = logging.getLogger("vllm.sparsify")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Record:
     expected: set[str] = field(default_factory=set)
     linears: dict[str, Engaged] = field(default_factory=dict)
 
-    def ready(self, name: str, engaged: Engaged, log: logging.Logger) -> None:
+    def ready(self, name: str, engaged: Engaged) -> None:
         """Note that ``name`` can compute; after the last one the model is reported."""
         self.linears[name] = engaged
         if self.expected <= self.linears.keys():

@@ -11,8 +11,9 @@ from sparsify.errors import ModelError
 from sparsify.format import legacy
 from sparsify.format.packed import decode
 from sparsify.format.record import PARTS, PERM, VALUES, from_tensors, is_complete
+from sparsify.kernels.dispatch import AUTO, DENSE
 from sparsify.plugins.engaged import Engaged
-from sparsify.plugins.vllm_loading import Loading, log
+from sparsify.plugins.vllm_loading import Loading
 
 # vLLM's parameters for the experts of a layer: gate and up, and down.
 _STACKS = ("w13", "w2")
@@ -56,8 +57,8 @@ def make_experts_method(loading: Loading, layer: Any, prefix: str) -> Any:
                             delattr(layer, f"{stack}_{part}")
             n_bytes = sum(getattr(layer, f"{stack}_weight").nbytes for stack in _STACKS)
             super().process_weights_after_loading(layer)
-            reason = "" if loading.kernel in ("auto", "dense") else "experts are computed dense"
-            loading.record.ready(prefix, Engaged("dense", "experts", reason, n_bytes, n_bytes), log)
+            reason = "" if loading.kernel in (AUTO, DENSE) else "experts are computed dense"
+            loading.record.ready(prefix, Engaged(DENSE, "experts", reason, n_bytes, n_bytes))
 
     loading.record.expected.add(prefix)
     return PackedExperts(layer.moe_config)

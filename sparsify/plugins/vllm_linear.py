@@ -16,7 +16,7 @@ from sparsify.format.record import PARTS
 from sparsify.kernels.dispatch import AUTO, DENSE, Choice, choose
 from sparsify.plugins.engaged import Engaged
 from sparsify.plugins.shards import Cut, Key, Shards
-from sparsify.plugins.vllm_loading import Loading, log
+from sparsify.plugins.vllm_loading import Loading
 from sparsify.types import NofM
 
 _DTYPES = {"weight_mask": torch.uint8, "bitmask": torch.uint8, "weight_perm": torch.int32}
@@ -64,7 +64,7 @@ class _SparseLinearMethod(LinearMethodBase):
             for name, tensor in state.tensors.items():
                 layer.register_buffer(f"sparsify_{name}", tensor, persistent=False)
             resident = state.n_bytes
-        self.loading.record.ready(self.prefix, Engaged(self.choice.name, pattern, reason, dense_bytes, resident), log)
+        self.loading.record.ready(self.prefix, Engaged(self.choice.name, pattern, reason, dense_bytes, resident))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The product [..., out] of ``x`` [..., in] with the layer's weight."""

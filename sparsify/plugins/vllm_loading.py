@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 from sparsify.kernels.dispatch import AUTO
 from sparsify.plugins.engaged import Record
-
-# Below vLLM's own logger, so that its handlers print what is said here.
-log = logging.getLogger("vllm.sparsify")
 
 
 @dataclass

@@ -6,14 +6,13 @@ nothing is imported before it has to be.
 
 from __future__ import annotations
 
-import logging
 import os
+
+from sparsify.plugins.engaged import log
 
 # First and last minor version whose interfaces the plugin knows; docs/vllm.md says which ones it was run on.
 OLDEST, NEWEST = (0, 24), (0, 33)
 ANY_VERSION = "SPARSIFY_ANY_VLLM"
-
-log = logging.getLogger("vllm.sparsify")
 
 
 def register() -> None:
