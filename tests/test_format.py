@@ -88,7 +88,7 @@ def assert_holds(packed: Packed, weight: torch.Tensor) -> None:
     assert same(decode(packed), weight)
     tensors = to_tensors(packed)
     assert tensors[MASK].shape == (weight.shape[0], (weight.shape[1] + 7) // 8)
-    assert same(decode(from_tensors("m", tensors, shape=packed.shape)), weight)
+    assert same(decode(from_tensors("m", tensors)), weight)
     file = save({f"m.{part}": tensor.contiguous() for part, tensor in tensors.items()})
     unsigned = f"u{weight.itemsize}"
     assert np.array_equal(read_by_another(file, "m"), bits(weight).numpy().view(unsigned))
@@ -541,14 +541,6 @@ def test_a_bit_that_moves_within_its_group_is_noticed_by_the_checksum_alone() ->
     moved = decode(from_tensors("m", tensors))
     assert bits(moved)[0, int(on)] == 0
     assert bits(moved)[0, int(off)] != 0
-
-
-def test_the_shape_that_the_model_asks_for() -> None:
-    tensors = stored("2:4")
-    assert from_tensors("m", tensors, shape=(8, 16)).shape == (8, 16)
-    for shape in ((16, 8), (8, 15), (0, 0)):
-        with pytest.raises(ModelError, match=r"tensor m\.weight_check says the weight is \[8, 16\], config.json asks"):
-            from_tensors("m", tensors, shape=shape)
 
 
 def test_parts_of_a_weight_that_is_all_zero() -> None:

@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 
-from sparsify.checkpoint import SINGLE, copy_side_files, portable_config, read_config, read_permutations, write_index
-from sparsify.checkpoint import write_shard as write_tensors
+from sparsify.checkpoint import (
+    SINGLE,
+    copy_side_files,
+    portable_config,
+    read_config,
+    read_permutations,
+    write_index,
+    write_shard,
+)
 from sparsify.errors import ModelError
 from sparsify.exporters.hf import SHARD_BYTES
 from sparsify.files import write_json
@@ -68,7 +75,7 @@ def export_compressed(
     shards: dict[str, dict[str, int]] = {}
     for i, tensors in enumerate(_batches(plan.tensors(), shard_bytes), 1):
         file = f"model-{i:05d}.safetensors"
-        write_tensors(out / file, tensors)
+        write_shard(out / file, tensors)
         shards[file] = {name: tensor.nbytes for name, tensor in tensors.items()}
     if len(shards) == 1:
         (out / next(iter(shards))).rename(out / SINGLE)

@@ -50,3 +50,12 @@ def _counts(device: torch.device) -> torch.Tensor:
 def count_bits(mask: torch.Tensor) -> torch.Tensor:
     """Bits set in each byte of ``mask``: int32, of its shape."""
     return torch.index_select(_counts(mask.device), 0, mask.flatten().int()).view(mask.shape)
+
+
+def count_groups(mask: torch.Tensor, n_in: int, m: int) -> torch.Tensor:
+    """Bits set in each group of ``m`` columns of a mask over ``n_in``, which m divides; in an order of their own."""
+    if m % 8 == 0:
+        return count_bits(mask).view(mask.shape[0], -1, m // 8).sum(dim=2)
+    if m == 4 and n_in % 8 == 0:
+        return torch.stack((count_bits(mask & 15), count_bits(mask >> 4)))
+    return unpack_bits(mask, n_in).view(mask.shape[0], -1, m).sum(dim=2)

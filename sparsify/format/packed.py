@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import UsageError
-from sparsify.format.bits import count_bits, pack_bits, unpack_bits
+from sparsify.format.bits import count_bits, count_groups, pack_bits, unpack_bits
 from sparsify.format.expand import expand
 from sparsify.types import NofM
 
@@ -59,21 +59,11 @@ def _used(weight: torch.Tensor) -> torch.Tensor:
     return weight.contiguous().view(_BITS[weight.itemsize]) != 0
 
 
-def _per_group(keep: torch.Tensor, m: int) -> torch.Tensor:
-    """How many of each group of ``m`` are kept, in an order of its own."""
-    if m == 8:
-        return count_bits(pack_bits(keep))
-    if m == 4 and keep.shape[1] % 8 == 0:
-        mask = pack_bits(keep)
-        return torch.stack((count_bits(mask & 15), count_bits(mask >> 4)))
-    return keep.view(keep.shape[0], -1, m).sum(dim=2)
-
-
 def fits(weight: torch.Tensor, pattern: NofM) -> bool:
     """True if ``weight`` [out, in] has at most n values in every group of m whose bits are not all zero."""
     if weight.shape[1] % pattern.m:
         return False
-    return bool((_per_group(_used(weight), pattern.m) <= pattern.n).all())
+    return bool((count_groups(pack_bits(_used(weight)), weight.shape[1], pattern.m) <= pattern.n).all())
 
 
 def encode(weight: torch.Tensor, pattern: NofM | None = None, perm: torch.Tensor | None = None) -> Packed:
@@ -97,7 +87,7 @@ def encode(weight: torch.Tensor, pattern: NofM | None = None, perm: torch.Tensor
     order = None if perm is None else perm.to(device=weight.device, dtype=torch.int32)
     keep = _used(stored)
     if pattern is not None:
-        per_group = _per_group(keep, pattern.m) if shape[1] % pattern.m == 0 else None
+        per_group = count_groups(pack_bits(keep), shape[1], pattern.m) if shape[1] % pattern.m == 0 else None
         if per_group is None or bool((per_group > pattern.n).any()):
             raise UsageError(
                 f"a weight of shape {list(shape)} keeps more than {pattern} somewhere; pack it unstructured"

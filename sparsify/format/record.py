@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from sparsify.errors import ModelError
-from sparsify.format.bits import count_bits, mask_bytes, unpack_bits
+from sparsify.format.bits import count_bits, count_groups, mask_bytes
 from sparsify.format.packed import DTYPES, Packed
 from sparsify.types import NofM
 
@@ -69,15 +69,12 @@ def is_complete(tensors: Mapping[str, torch.Tensor]) -> bool:
     return malformed or int(check.flatten()[-1]) == _NO_PERM or PERM in tensors
 
 
-def from_tensors(
-    name: str, tensors: Mapping[str, torch.Tensor], *, shape: tuple[int, int] | None = None, where: object = ""
-) -> Packed:
+def from_tensors(name: str, tensors: Mapping[str, torch.Tensor], *, where: object = "") -> Packed:
     """The packed weight that ``tensors`` hold, checked against itself; nothing is computed from what is not checked.
 
     Args:
         name: of the module, for messages.
         tensors: by the names of ``PARTS``.
-        shape: the dense shape that the model asks for.
         where: file or folder, for messages.
 
     Raises:
@@ -94,8 +91,6 @@ def from_tensors(
             raise refuse(part, "is missing")
     values, mask, perm = tensors[VALUES], tensors[MASK], tensors.get(PERM)
     size, pattern, checks = _read_check(tensors[CHECK], refuse)
-    if shape is not None and size != shape:
-        raise refuse(CHECK, f"says the weight is {list(size)}, config.json asks for {list(shape)}")
     if values.dtype not in DTYPES:
         raise refuse(VALUES, f"is {values.dtype}, want a 16-bit or 32-bit float")
     if mask.dtype != torch.uint8 or tuple(mask.shape) != (size[0], mask_bytes(size[1])):
@@ -130,7 +125,7 @@ def _read_check(check: torch.Tensor, refuse: _Refuse) -> tuple[tuple[int, int], 
 
 
 @functools.cache
-def keeps(pattern: NofM, device: torch.device) -> torch.Tensor:
+def _keeps(pattern: NofM, device: torch.device) -> torch.Tensor:
     """For each byte of a mask whether every group of m columns in it, m 4 or 8, keeps n: bool [256]."""
     bits = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).view(256, -1, pattern.m)
     return (bits.sum(dim=2) == pattern.n).all(dim=1).to(device)
@@ -147,10 +142,8 @@ def check_bits(mask: torch.Tensor, n_in: int, pattern: NofM | None, n_values: in
         return
     if pattern.m in (4, 8) and n_in % 8 == 0:
         # One look-up for a byte of whole groups.
-        kept = keeps(pattern, mask.device)[mask.flatten().int()]
-    elif pattern.m % 8 == 0:
-        kept = count_bits(mask).view(mask.shape[0], -1, pattern.m // 8).sum(dim=2) == pattern.n
+        kept = _keeps(pattern, mask.device)[mask.flatten().int()]
     else:
-        kept = unpack_bits(mask, n_in).view(mask.shape[0], -1, pattern.m).sum(dim=2) == pattern.n
+        kept = count_groups(mask, n_in, pattern.m) == pattern.n
     if not bool(kept.all()):
         raise refuse(MASK, f"does not keep {pattern} in every group")
