@@ -1,196 +1,26 @@
-"""Compressed checkpoints: written from pruned models, read like any other, and damaged in ten thousand ways."""
+"""Compressed checkpoints on disk: damaged files, and the entry of config.json."""
 
 import json
 import random
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
-from sparsify import manifest
-from sparsify.checkpoint import INDEX, CheckpointReader, open_shard, read_config, read_permutations, write_permutations
-from sparsify.errors import ModelError, UsageError
-from sparsify.exporters.vllm_compressed import export_compressed
-from sparsify.format.packed import decode, encode
+from sparsify.checkpoint import INDEX, open_shard, read_config
+from sparsify.errors import ModelError
+from sparsify.format.packed import encode
 from sparsify.format.reader import CompressedReader, open_checkpoint
-from sparsify.format.record import CHECK, MASK, PERM, VALUES, from_tensors, is_complete, to_tensors
+from sparsify.format.record import CHECK, MASK, PERM, VALUES, to_tensors
 from sparsify.format.storage import Storage, read_storage
-from sparsify.naming import linear_weights
-from sparsify.pipeline import export
-from sparsify.recipe import Recipe
 from sparsify.types import NofM
-from sparsify.verify import verify
-from tests.conftest import CONFIGS, Run, refuse, save_random_model
-from tests.coupled import run
-from tests.test_format import Tensors, bits, fields, forge, random_order, random_weight, read_by_another, same, stored
-
-T = TypeVar("T")
-
-# --- mutations of the parts ------------------------------------------------------------------------------------------
-
-KINDS = ["2:4", "3:7", "odd", "moved"]
-DTYPES = [
-    torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.bool, torch.int16,
-    torch.uint16, torch.int32, torch.int64, torch.uint64, torch.float8_e4m3fn, torch.complex64,
-]  # fmt: skip
-FIELDS = ["version", "n_out", "n_in", "n", "m", "values", "mask", "perm"]
-NUMBERS = [0, 1, 2, 3, 4, 7, 8, 12, 13, 14, 15, 16, 32, -1, -2, 2**16, 2**31 - 1, 2**31, 2**32, 2**62, -(2**63)]
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """Its bytes, copied."""
-    return tensor.contiguous().flatten().view(torch.uint8).clone()
-
-
-def shape_of(n: int, rng: random.Random) -> list[int]:
-    """A random shape of ``n`` values."""
-    shape = [n]
-    for _ in range(rng.randrange(3)):
-        factor = rng.choice([k for k in range(1, shape[-1] + 1) if shape[-1] % k == 0] or [1])
-        shape[-1:] = [factor, shape[-1] // factor]
-    return shape
-
-
-def flip_bits(tensors: Tensors, part: str, rng: random.Random) -> None:
-    data = raw(tensors[part])
-    for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        if len(data):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    tensors[part] = data.view(tensors[part].dtype).view(tensors[part].shape)
-
-
-def overwrite(tensors: Tensors, part: str, rng: random.Random) -> None:
-    data = raw(tensors[part])
-    start = rng.randrange(len(data) + 1)
-    length = rng.randrange(len(data) - start + 1)
-    data[start : start + length] = torch.tensor(list(rng.randbytes(length)), dtype=torch.uint8)
-    tensors[part] = data.view(tensors[part].dtype).view(tensors[part].shape)
-
-
-def reinterpret(tensors: Tensors, part: str, rng: random.Random) -> None:
-    data = raw(tensors[part])
-    values = data.view(rng.choice([dtype for dtype in DTYPES if len(data) % dtype.itemsize == 0]))
-    tensors[part] = values.view(shape_of(len(values), rng))
-
-
-def reshape(tensors: Tensors, part: str, rng: random.Random) -> None:
-    tensor = tensors[part]
-    tensors[part] = (
-        tensor.mT if tensor.dim() > 1 and rng.random() < 0.5 else tensor.reshape(shape_of(tensor.numel(), rng))
-    )
-
-
-def convert(tensors: Tensors, part: str, rng: random.Random) -> None:
-    if not tensors[part].is_complex():
-        tensors[part] = tensors[part].to(rng.choice(DTYPES))
-
-
-def resize(tensors: Tensors, part: str, rng: random.Random) -> None:
-    tensor = tensors[part] if tensors[part].dim() else tensors[part][None]
-    start = rng.randrange(len(tensor) + 1)
-    tensors[part] = rng.choice((tensor[start:], tensor[:start], torch.cat((tensor, tensor[start:]))))
-
-
-def shuffle(tensors: Tensors, part: str, rng: random.Random) -> None:
-    tensor = tensors[part]
-    if tensor.dim() and len(tensor):
-        order = rng.sample(range(len(tensor)), len(tensor))
-        tensors[part] = tensor[order]
-
-
-def drop(tensors: Tensors, part: str, rng: random.Random) -> None:
-    tensors.pop(part)
-
-
-def borrow(tensors: Tensors, part: str, rng: random.Random) -> None:
-    other = stored(rng.choice(KINDS))
-    name = rng.choice(list(other))
-    tensors[rng.choice((part, name))] = other[name]
-
-
-def count_otherwise(tensors: Tensors, part: str, rng: random.Random) -> None:
-    check = tensors.get(CHECK)
-    if check is not None and check.shape == (8,) and check.dtype == torch.int64:
-        fields(**{rng.choice(FIELDS): rng.choice(NUMBERS)})(tensors)
-
-
-MUTATIONS = [
-    flip_bits, overwrite, reinterpret, reshape, convert, resize, shuffle, drop, borrow, count_otherwise
-]  # fmt: skip
-
-
-def equal(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(
-        (tensor.dtype, tensor.shape) == (other[part].dtype, other[part].shape)
-        and torch.equal(raw(tensor), raw(other[part]))
-        for part, tensor in one.items()
-    )
-
-
-def attempt(read: Callable[[], T]) -> tuple[T | None, str]:
-    """What was read, or why nothing was; nothing but a ``ModelError`` may come out of a reader."""
-    try:
-        return read(), ""
-    except ModelError as error:
-        return None, str(error)
-
-
-def test_mutated_parts_are_refused_by_name_or_are_the_weight() -> None:
-    rng = random.Random(0)
-    originals = {kind: stored(kind) for kind in KINDS}
-    weights = {kind: decode(from_tensors(kind, tensors)) for kind, tensors in originals.items()}
-    refused = accepted = 0
-    for _ in range(10_000):
-        kind = rng.choice(KINDS)
-        tensors = {part: tensor.clone() for part, tensor in originals[kind].items()}
-        for mutate in rng.choices(MUTATIONS, k=rng.choice((1, 1, 1, 2, 3))):
-            mutate(tensors, rng.choice(list(tensors)), rng)
-        is_complete(tensors)
-        packed, problem = attempt(partial(from_tensors, f"layer.{kind}", tensors, where="file"))
-        assert (packed is not None) == equal(tensors, originals[kind])
-        if packed is not None:
-            assert same(decode(packed), weights[kind])
-            accepted += 1
-        else:
-            assert problem.startswith(f"file: tensor layer.{kind}.weight")
-            assert "\n" not in problem
-            refused += 1
-    assert refused + accepted >= 10_000
-    assert refused > 8000
-    assert accepted > 100
-
-
-def test_forged_parts_are_refused_or_mean_to_others_what_they_mean_to_us() -> None:
-    rng = random.Random(1)
-    refused = accepted = 0
-    for _ in range(3000):
-        tensors = stored(rng.choice(KINDS))
-        edits = (flip_bits, overwrite, resize, shuffle, reshape, count_otherwise)
-        for mutate in rng.choices(edits, k=rng.choice((1, 2))):
-            mutate(tensors, rng.choice([part for part in tensors if part != CHECK]), rng)
-        forge(tensors)
-        packed, problem = attempt(partial(from_tensors, "m", tensors))
-        if packed is not None:
-            file = save({f"m.{part}": tensor.contiguous() for part, tensor in tensors.items()})
-            weight = bits(decode(packed)).numpy()
-            assert np.array_equal(read_by_another(file, "m"), weight.view(f"u{weight.itemsize}"))
-            accepted += 1
-        else:
-            assert "tensor m.weight" in problem
-            # A header is checked with the parts it is about.
-            assert "checksum" not in problem or PERM in problem
-            refused += 1
-    assert refused > 1000
-    assert accepted > 300
-
-
-# --- mutations of the file -------------------------------------------------------------------------------------------
+from tests.test_format import Tensors, random_order, random_weight, same
+from tests.test_format_parts import attempt, shape_of
 
 # Two of one shape and pattern, whose parts could be taken for each other.
 TINY = {
@@ -469,9 +299,6 @@ def test_parts_under_another_name_are_missed(part: str, named: str, words: str, 
         read_all(folder)
 
 
-# --- quantization_config ---------------------------------------------------------------------------------------------
-
-
 FORMATS: list[Any] = [2, 0, -1, True, "1", None, 1.5, [1], {}, ...]
 IGNORES: list[Any] = ["lm_head", None, 1, {"lm_head": 1}, [1], ["lm_head", None], True]
 
@@ -490,8 +317,35 @@ def test_malformed_storage_is_refused_by_key(change: dict[str, Any], key: str, t
     assert "\n" not in problem
 
 
+def test_a_checkpoint_from_which_tensors_are_gone(tmp_path: Path) -> None:
+    """Nothing else tells that a tensor which is not packed should be there."""
+    folder = write_tiny(tmp_path / "model")
+    config = read_config(folder)
+    digest = CompressedReader(folder).digest
+    config["quantization_config"]["digest"] = digest
+    (folder / "config.json").write_text(json.dumps(config))
+    whole = read_all(folder)
+    tensors = load_file(folder / "model.safetensors")
+    gone = {name: tensor for name, tensor in tensors.items() if name != "norm.weight"}
+    wider = {**tensors, "norm.weight": torch.ones(6, dtype=torch.bfloat16)}
+    other = {**tensors, "norm.weight": torch.ones(5, dtype=torch.float16)}
+    for changed in (gone, wider, other, {**tensors, "more": torch.ones(1)}):
+        save_file(changed, folder / "model.safetensors")
+        _, problem = attempt(partial(open_checkpoint, folder))
+        assert problem.startswith(f"{folder / 'config.json'}: key quantization_config.digest does not belong")
+    save_file(tensors, folder / "model.safetensors")
+    assert_same_tensors(read_all(folder), whole)
+    for value in (None, 7, ["x"]):
+        config["quantization_config"]["digest"] = value
+        (folder / "config.json").write_text(json.dumps(config))
+        assert "key quantization_config.digest is not a string" in attempt(partial(open_checkpoint, folder))[1]
+    config["quantization_config"]["digest"] = digest[::-1]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "digest does not belong" in attempt(partial(open_checkpoint, folder))[1]
+
+
 def test_storage_reads_what_it_writes_and_leaves_others_alone() -> None:
-    for storage in (Storage(), Storage(("lm_head", "model.layers.0.mlp.gate"))):
+    for storage in (Storage(), Storage(("lm_head", "model.layers.0.mlp.gate")), Storage(digest="9f")):
         assert read_storage(json.loads(json.dumps(storage.to_dict()))) == storage
     assert read_storage({"quant_method": "sparsify", "format": 1}) == Storage()
     others: list[Any] = [
@@ -505,281 +359,3 @@ def test_storage_reads_what_it_writes_and_leaves_others_alone() -> None:
     ]
     for other in others:
         assert read_storage(other) is None
-
-
-# --- the exporter ----------------------------------------------------------------------------------------------------
-
-FAMILIES = ["llama", "qwen2", "phi3", "mixtral", "qwen3_moe"]
-Pruned = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def pruned(random_models: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Pruned:
-    """Family, pattern and other parts of a recipe -> pruned checkpoint, made once; not to be written to."""
-    root = tmp_path_factory.mktemp("pruned")
-    made: dict[str, Path] = {}
-
-    def get(family: str, pattern: str = "2:4", **options: Any) -> Path:
-        recipe = Recipe(pattern, **{"method": "magnitude", **options})
-        key = f"{family} {recipe}"
-        if key not in made:
-            made[key] = run(random_models(family), recipe, root / str(len(made)))
-        return made[key]
-
-    return get
-
-
-def rewrite(folder: Path, edit: Callable[[Tensors], object], like: str) -> None:
-    """Edit the tensors of the shard that holds ``like``, and make the manifest's hashes fit."""
-    file = CheckpointReader(folder).tensors[like].file
-    tensors = load_file(file)
-    edit(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    sign(folder)
-
-
-def sign(folder: Path) -> None:
-    manifest.write(
-        folder, {key: value for key, value in manifest.read(folder).items() if key not in ("format", "files")}
-    )
-
-
-def packed_modules(folder: Path) -> set[str]:
-    reader = open_checkpoint(folder)
-    assert isinstance(reader, CompressedReader)
-    return set(reader.packed)
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_back_in_hf_it_is_the_plain_checkpoint(family: str, pattern: str, pruned: Pruned, tmp_path: Path) -> None:
-    checkpoint = pruned(family, pattern)
-    body = export(checkpoint, "vllm", tmp_path / "packed")
-    plain = export(checkpoint, "vllm", tmp_path / "plain", dense=True)
-    back = export(tmp_path / "packed", "hf", tmp_path / "back")
-    assert_same_tensors(read_all(tmp_path / "back"), read_all(checkpoint))
-    assert_same_tensors(read_all(tmp_path / "packed"), read_all(checkpoint))
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
-    # What is stored: one tensor per linear, with experts one by one; only those are packed, and every one of them.
-    linears = sum(row["shape"][0] * row["shape"][1] for row in body["linears"])
-    modules = packed_modules(tmp_path / "packed")
-    assert sum(read_all(checkpoint)[f"{module}.weight"].numel() for module in modules) == linears
-    kind = "2:4" if pattern == "2:4" else "unstructured"
-    assert body["storage"]["packed"] == {kind: len(modules)}
-    assert body["storage"]["dense"] == 0
-    assert body["storage"]["dense_bytes"] == 4 * linears
-    sizes = {name: info.n_bytes for name, info in CheckpointReader(tmp_path / "packed").tensors.items()}
-    assert body["storage"]["packed_bytes"] == sum(
-        size for name, size in sizes.items() if name.removesuffix("_mask").removesuffix("_check")[:-7] in modules
-    )
-    assert "storage" not in plain
-    assert "storage" not in back
-    assert (body["kind"], plain["kind"], back["kind"]) == ("vllm", "vllm", "hf")
-    assert body["linears"] == back["linears"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_config_lists_the_matrices_that_are_dense(family: str, pruned: Pruned, tmp_path: Path) -> None:
-    checkpoint = pruned(family)
-    export(checkpoint, "vllm", tmp_path / "packed")
-    config = read_config(tmp_path / "packed")
-    entry = config.pop("quantization_config")
-    assert config == read_config(checkpoint)
-    assert entry.keys() == {"quant_method", "format", "ignore", "digest"}
-    assert (entry["quant_method"], entry["format"]) == ("sparsify", 1)
-    names = {f"{module}.weight" for module in entry["ignore"]}
-    assert len(names) == len(entry["ignore"])
-    matrices = {n for n, info in open_checkpoint(checkpoint).tensors.items() if len(info.shape) == 2}
-    assert names == matrices - {f"{module}.weight" for module in packed_modules(tmp_path / "packed")}
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= names
-    assert any("gate" in name for name in names) == (family in ("mixtral", "qwen3_moe"))
-
-
-def test_it_is_inspected_like_any_artifact(pruned: Pruned, cli: Run, tmp_path: Path) -> None:
-    out = tmp_path / "packed"
-    result = cli("export", pruned("llama"), "--target", "vllm", "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert verify(out)[1] == []
-    assert cli("inspect", out).returncode == 0
-    name = "model.layers.1.mlp.up_proj"
-    shard = out / "model.safetensors"
-    data = bytearray(shard.read_bytes())
-    header, body = split(bytes(data))
-    for part in (VALUES, MASK):
-        at = len(data) - len(body) + header[f"{name}.{part}"]["data_offsets"][0]
-        data[at] ^= 4
-        shard.write_bytes(data)
-        assert verify(out)[1] == ["model.safetensors: content differs from the manifest"]
-        assert cli("inspect", out).returncode == 8
-        # And where the manifest was written over the damage.
-        sign(out)
-        [problem] = verify(out)[1]
-        assert f"model.safetensors: tensor {name}.{part} differs from its checksum" in problem
-        with pytest.raises(ModelError, match=rf"{name}\.{part} differs"):
-            export(out, "hf", tmp_path / "back")
-        assert not (tmp_path / "back").exists()
-        data[at] ^= 4
-
-
-def test_nine_sixteenths_of_a_model_in_bfloat16(tmp_path: Path) -> None:
-    source = save_random_model(tmp_path / "model", CONFIGS["llama"](), dtype=torch.bfloat16)
-    checkpoint = run(source, Recipe("2:4", "magnitude"), tmp_path / "pruned")
-    storage = export(checkpoint, "vllm", tmp_path / "packed")["storage"]
-    assert storage["packed"] == {"2:4": 14}
-    assert storage["packed_bytes"] == storage["dense_bytes"] * 9 // 16 + 14 * 64
-    assert_same_tensors(read_all(tmp_path / "packed"), read_all(checkpoint))
-
-
-@pytest.mark.parametrize("source_is_packed", [False, True])
-def test_shards_hold_whole_weights(source_is_packed: bool, pruned: Pruned, tmp_path: Path) -> None:
-    checkpoint = pruned("llama")
-    if source_is_packed:
-        export(checkpoint, "vllm", tmp_path / "packed")
-        checkpoint = tmp_path / "packed"
-    out = tmp_path / "out"
-    out.mkdir()
-    export_compressed(checkpoint, out, manifest.read(checkpoint)["linears"], shard_bytes=8000)
-    index = json.loads((out / INDEX).read_text())
-    files = sorted(path.name for path in out.glob("*.safetensors"))
-    assert len(files) > 4
-    assert sorted(set(index["weight_map"].values())) == files
-    assert not [path for path in out.iterdir() if path.name == "model.safetensors" or path.suffix == ".tmp"]
-    stored = CheckpointReader(out).tensors
-    assert index["metadata"]["total_size"] == sum(info.n_bytes for info in stored.values())
-    for module in packed_modules(out):
-        assert len({stored[f"{module}.{part}"].file for part in (VALUES, MASK, CHECK)}) == 1
-    assert_same_tensors(read_all(out), read_all(pruned("llama")))
-
-
-def test_what_would_not_become_smaller_stays_dense(pruned: Pruned, tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.up_proj"
-    checkpoint = pruned("llama", overrides={name: "0.01", "model.layers.1.mlp.up_proj": "0.5"})
-    storage = export(checkpoint, "vllm", tmp_path / "packed")["storage"]
-    assert (storage["packed"], storage["dense"]) == ({"2:4": 12, "unstructured": 1}, 1)
-    assert name in read_config(tmp_path / "packed")["quantization_config"]["ignore"]
-    assert name not in packed_modules(tmp_path / "packed")
-    assert_same_tensors(read_all(tmp_path / "packed"), read_all(checkpoint))
-    assert verify(tmp_path / "packed")[1] == []
-
-
-def test_minus_zero_where_a_weight_was_pruned_is_stored(pruned: Pruned, tmp_path: Path) -> None:
-    name = "model.layers.0.self_attn.q_proj.weight"
-    checkpoint = Path(shutil.copytree(pruned("llama"), tmp_path / "pruned"))
-
-    def negate(tensors: Tensors) -> None:
-        place = tuple((tensors[name] == 0).nonzero()[5].tolist())
-        tensors[name][place] = -0.0
-
-    rewrite(checkpoint, negate, name)
-    assert verify(checkpoint)[1] == []
-    storage = export(checkpoint, "vllm", tmp_path / "packed")["storage"]
-    assert storage["packed"] == {"2:4": 13, "unstructured": 1}
-    back = read_all(tmp_path / "packed")
-    assert int((back[name].signbit() & (back[name] == 0)).sum()) == 1
-    assert_same_tensors(back, read_all(checkpoint))
-    assert verify(tmp_path / "packed")[1] == []
-
-
-@pytest.mark.parametrize("mode", ["simulate", "gather"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral", "qwen3_moe"])
-def test_recorded_orders_are_carried(family: str, mode: str, pruned: Pruned, ids_file: str, tmp_path: Path) -> None:
-    checkpoint = pruned(family, method="ria", permute=mode, calibration=ids_file)
-    body = export(checkpoint, "vllm", tmp_path / "packed")
-    modules = packed_modules(tmp_path / "packed")
-    # Each expert was pruned in an order of its own.
-    assert body["storage"] == {**body["storage"], "packed": {"2:4": len(modules)}, "dense": 0}
-    moved = {name.removesuffix(f".{PERM}") for name in CheckpointReader(tmp_path / "packed").tensors if PERM in name}
-    rows = {row["name"] for row in body["linears"] if row["permuted"] == "recorded"}
-    assert len(moved) == len(rows) > 0
-    if family in ("llama", "phi3"):
-        assert moved == rows
-    assert_same_tensors(read_all(tmp_path / "packed"), read_all(checkpoint))
-    orders = read_permutations(tmp_path / "packed" / manifest.PERMUTATIONS)
-    reader = open_checkpoint(tmp_path / "packed")
-    assert isinstance(reader, CompressedReader)
-    for module in moved:
-        perm = reader.read_packed(module).perm
-        assert perm is not None
-        found = {name for name, order in orders.items() if torch.equal(order, perm.long())}
-        assert module in found or module not in orders
-        assert found
-    assert verify(tmp_path / "packed")[1] == []
-    export(tmp_path / "packed", "hf", tmp_path / "back")
-    assert verify(tmp_path / "back")[1] == []
-    assert_same_tensors(read_all(tmp_path / "back"), read_all(checkpoint))
-
-
-def test_orders_that_lack_a_linear_are_refused(pruned: Pruned, ids_file: str, tmp_path: Path) -> None:
-    simulated = pruned("llama", method="ria", permute="simulate", calibration=ids_file)
-    checkpoint = Path(shutil.copytree(simulated, tmp_path / "pruned"))
-    orders = read_permutations(checkpoint / manifest.PERMUTATIONS)
-    del orders["model.layers.1.mlp.up_proj"]
-    write_permutations(checkpoint / manifest.PERMUTATIONS, orders)
-    sign(checkpoint)
-    with pytest.raises(ModelError, match=r"sparsify\.perm: entry model\.layers\.1\.mlp\.up_proj is missing"):
-        export(checkpoint, "vllm", tmp_path / "packed")
-
-
-def test_experts_are_stored_in_their_own_pattern(pruned: Pruned, tmp_path: Path) -> None:
-    overrides = {"*.experts.1.*": "1:4", "*.experts.2.*": "0.7", "*.experts.3.down_proj": "0.01"}
-    checkpoint = pruned("mixtral", overrides=overrides)
-    storage = export(checkpoint, "vllm", tmp_path / "packed")["storage"]
-    attention, parts, blocks = 4, 3, 2
-    assert storage["packed"] == {
-        "1:4": parts * blocks, "2:4": (attention + parts + parts - 1) * blocks, "unstructured": parts * blocks
-    }  # fmt: skip
-    assert storage["dense"] == blocks
-    assert_same_tensors(read_all(tmp_path / "packed"), read_all(checkpoint))
-    assert verify(tmp_path / "packed")[1] == []
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom"])
-def test_families_whose_loader_is_not_known_are_refused(family: str, pruned: Pruned, tmp_path: Path) -> None:
-    checkpoint = pruned(family)
-    with pytest.raises(ModelError, match=rf"config\.json.*'{family}'.*--dense"):
-        export(checkpoint, "vllm", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-    export(checkpoint, "vllm", tmp_path / "out", dense=True)
-    assert_same_tensors(read_all(tmp_path / "out"), read_all(checkpoint))
-    assert "quantization_config" not in read_config(tmp_path / "out")
-    assert verify(tmp_path / "out")[1] == []
-
-
-def test_dense_is_about_vllm_only(pruned: Pruned, cli: Run, tmp_path: Path) -> None:
-    checkpoint, out = pruned("llama"), tmp_path / "out"
-    with pytest.raises(UsageError, match="--dense is about target vllm"):
-        export(checkpoint, "hf", out, dense=True)
-    refuse(cli("export", checkpoint, "--target", "hf", "--dense", "--out", out), 2, "--dense", "hf")
-    assert cli("export", checkpoint, "--target", "vllm", "--dense", "--out", out).returncode == 0
-    assert "quantization_config" not in read_config(out)
-    pytest.importorskip("onnx")
-    refuse(cli("export", checkpoint, "--target", "onnx", "--dense", "--out", tmp_path / "onnx"), 2, "--dense", "onnx")
-
-
-def test_a_compressed_checkpoint_is_a_source_like_any(pruned: Pruned, tmp_path: Path) -> None:
-    checkpoint = pruned("llama", "3:4")
-    export(checkpoint, "vllm", tmp_path / "packed")
-    export(checkpoint, "hf", tmp_path / "hf")
-    out = run(tmp_path / "packed", Recipe("1:4", "magnitude"), tmp_path / "again")
-    expected = run(tmp_path / "hf", Recipe("1:4", "magnitude"), tmp_path / "expected")
-    assert_same_tensors(read_all(out), read_all(expected))
-    assert manifest.read(out)["linears"] == manifest.read(expected)["linears"]
-    assert "quantization_config" not in read_config(out)
-    assert verify(out)[1] == []
-    body = export(tmp_path / "packed", "vllm", tmp_path / "copy")
-    assert body["storage"] == manifest.read(tmp_path / "packed")["storage"]
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes()
-
-
-@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
-def test_without_its_entry_in_the_config_nobody_takes_the_values_for_weights(
-    pattern: str, pruned: Pruned, tmp_path: Path
-) -> None:
-    export(pruned("llama", pattern), "vllm", tmp_path / "packed")
-    config = read_config(tmp_path / "packed")
-    del config["quantization_config"]
-    (tmp_path / "packed/config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"proj\.weight has shape .* config\.json asks for"):
-        next(linear_weights(tmp_path / "packed"))
