@@ -12,7 +12,8 @@ from safetensors.torch import save
 from sparsify.errors import ModelError
 from sparsify.format.packed import decode
 from sparsify.format.record import CHECK, PERM, from_tensors, is_complete
-from tests.test_format import Tensors, bits, fields, forge, read_by_another, same, stored
+from tests.test_format import Tensors, bits, read_by_another, same
+from tests.test_format_record import fields, forge, stored
 
 T = TypeVar("T")
 
