@@ -1,0 +1,251 @@
+"""Build of TensorRT engines from an ONNX file: the sparse one, its dense twin, and the proof of what was chosen.
+
+Into the output folder go ``model.engine`` and ``dense.engine`` with their headers, the complete logs of TensorRT
+(``build.log``, ``dense.log``) and ``tensorrt.json``, the proof. Every file appears whole or not at all; the logs grow
+while the build runs, and stay when it fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import ModelError, OutputError, SparsifyError, UsageError, VerificationError
+from sparsify.exporters.tensorrt_api import Gpu, TensorRt, find_gpu, load_tensorrt
+from sparsify.exporters.tensorrt_evidence import EngineLayer, inspected_layers, logged_layers, parse_log
+from sparsify.exporters.tensorrt_header import EngineHeader, write_header
+from sparsify.exporters.tensorrt_layout import summary
+from sparsify.exporters.tensorrt_log import BuildLog, failure
+from sparsify.exporters.tensorrt_options import EngineOptions, profiles
+from sparsify.exporters.tensorrt_proof import Proof, make_proof
+from sparsify.exporters.tensorrt_source import Source, read_source
+from sparsify.exporters.tensorrt_timing import TimingCache
+from sparsify.exporters.tensorrt_trust import remember
+from sparsify.files import write_atomic, write_json, writing
+from sparsify.progress import Progress, Silent
+
+ENGINE, TWIN, PROOF = "model.engine", "dense.engine", "tensorrt.json"
+LOG, TWIN_LOG = "build.log", "dense.log"
+_LATER = "TensorRT-RTX chooses kernels on the device at run time: the build proves nothing"
+
+
+@dataclass(frozen=True)
+class EngineBuild:
+    """What a build made.
+
+    Attributes:
+        engine: the engine file.
+        header: its header.
+        proof: where it uses sparse kernels.
+        twin: the dense engine of the same ONNX file; None where none was asked for.
+    """
+
+    engine: Path
+    header: EngineHeader
+    proof: Proof
+    twin: Path | None
+
+
+def build_engine(
+    onnx_path: Path,
+    out: Path,
+    options: EngineOptions | None = None,
+    *,
+    require_sparse: bool = False,
+    twin: bool = True,
+    progress: Progress | None = None,
+) -> EngineBuild:
+    """Build an engine of ``onnx_path`` into the existing folder ``out``, and its dense twin.
+
+    Args:
+        onnx_path: a decoder in the ``standard`` layout; external data lies beside it.
+        out: existing folder; files of the same names in it are replaced.
+        options: of the build; None for the defaults.
+        require_sparse: fail where the engine is not proven to use sparse kernels; only its log is then left.
+        twin: also build the engine without sparse tactics, to compare with; not where ``options.sparse`` is off.
+        progress: told of TensorRT's phases; an exception in it cancels the build.
+
+    Raises:
+        UsageError: options that this TensorRT cannot fulfil, or no GPU to build on.
+        MissingExtraError: TensorRT or onnx is not installed.
+        ModelError: the ONNX file cannot be used.
+        OutputError: ``out`` is not a folder or cannot be written.
+        VerificationError: ``require_sparse`` is not fulfilled.
+        SparsifyError: TensorRT gave up, as for want of memory.
+    """
+    options, progress = options or EngineOptions(), progress or Silent()
+    if not out.is_dir():
+        raise OutputError(f"{out}: is not a folder")
+    if require_sparse and not options.sparse:
+        raise UsageError("--require-sparse and engine option sparse=off: leave one of them out")
+    api = load_tensorrt(options.runtime)
+    if require_sparse and not api.chooses_tactics_at_build:
+        raise VerificationError(f"--require-sparse: {_LATER}; build with TensorRT, or leave it out")
+    source = read_source(onnx_path)
+    progress.notice(f"{onnx_path.name}: {summary(source.layout)}")
+    if require_sparse and not any(row.eligible for row in source.layout):
+        raise VerificationError(f"{onnx_path}: --require-sparse: {summary(source.layout)}")
+    header, proof = _build(api, source, out / ENGINE, options, progress)
+    if require_sparse and proof.status != "sparse":
+        (out / ENGINE).unlink()
+        raise VerificationError(f"{onnx_path}: --require-sparse: {proof.reason}")
+    write_header(out / ENGINE, header)
+    made_twin = twin and options.sparse
+    if made_twin:
+        dense, _ = _build(api, source, out / TWIN, replace(options, sparse=False), progress)
+        write_header(out / TWIN, dense)
+    write_json(out / PROOF, {**proof.to_json(), "engine": ENGINE, "twin": TWIN if made_twin else None})
+    progress.notice(f"{ENGINE}: {proof.status}: {proof.reason}")
+    return EngineBuild(out / ENGINE, header, proof, out / TWIN if made_twin else None)
+
+
+def _build(
+    api: TensorRt, source: Source, engine: Path, options: EngineOptions, progress: Progress
+) -> tuple[EngineHeader, Proof]:
+    """One engine: the plan is written, remembered as ours, and described; its header is the caller's to write."""
+    log_path = engine.with_name(LOG if engine.name == ENGINE else TWIN_LOG)
+    gpu = find_gpu()
+    start = time.monotonic()
+    with writing(log_path), log_path.open("w", encoding="utf-8") as file:
+        log = BuildLog(file)
+        logger = api.logger(log)
+        builder = api.builder(logger, log)
+        network = parse(api, builder, logger, source)
+        config = builder.create_builder_config()
+        capabilities = _configure(api, config, source, options, gpu)
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        shapes = profiles({tensor.name: tuple(tensor.shape) for tensor in inputs}, options, source.path)
+        for wanted in shapes:
+            profile = builder.create_optimization_profile()
+            for name, (low, best, high) in wanted.shapes.items():
+                profile.set_shape(name, low, best, high)
+            if config.add_optimization_profile(profile) < 0:
+                raise failure(log, f"{source.path}: {wanted.name} profile", UsageError)
+        cache = _timing_cache(api, options, gpu)
+        if cache is not None:
+            cache.attach(config)
+        monitor = api.monitor(config, progress)
+        plan = builder.build_serialized_network(network, config)
+        if monitor is not None and monitor.error is not None:
+            raise monitor.error
+        if plan is None:
+            raise failure(log, f"{source.path}: {api.label} cannot build an engine")
+        if cache is not None:
+            cache.update(config)
+        layers = _inspect(api, plan, logger, log, gpu)
+    view = memoryview(plan)
+    write_atomic(engine, lambda temporary: temporary.write_bytes(view))
+    digest = hashlib.sha256(view).hexdigest()
+    remember(digest)
+    progress.notice(f"{engine.name}: {view.nbytes} bytes in {time.monotonic() - start:.1f} s")
+    header = EngineHeader(
+        kind=api.kind,
+        version=api.version,
+        gpu=gpu.name if gpu else "",
+        compute_capabilities=capabilities,
+        hardware_compatibility=options.hardware,
+        version_compatible=options.version_compatible,
+        sparse=options.sparse,
+        precision=source.precision,
+        refit=options.refit,
+        weight_streaming=options.weight_streaming,
+        profiles=shapes,
+        source_sha256=source.sha256,
+        plan_bytes=view.nbytes,
+        plan_sha256=digest,
+        options=options.to_json(),
+    )
+    with log_path.open(encoding="utf-8") as written:
+        lines = written.readlines()
+    proof = make_proof(
+        source.layout,
+        parse_log(lines),
+        layers or logged_layers(lines),
+        sparse_allowed=options.sparse,
+        chosen_later="" if api.chooses_tactics_at_build else _LATER,
+    )
+    return header, proof
+
+
+def parse(api: TensorRt, builder: Any, logger: Any, source: Source) -> Any:
+    """The network of an ONNX file.
+
+    Raises:
+        ModelError: TensorRT's parser refuses it; names the node and the operator.
+    """
+    network = api.network(builder)
+    parser = api.module.OnnxParser(network, logger)
+    if parser.parse_from_file(str(source.path)):
+        api.allow_decomposition(network)
+        return network
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    raise ModelError(f"{source.path}: {api.label} cannot parse it: {describe(errors)}")
+
+
+def describe(errors: Sequence[Any]) -> str:
+    """The first of a parser's errors in one line, with its node where the version tells."""
+    if not errors:
+        return "the parser gave no reason"
+    error = errors[0]
+    text = " ".join(str(error.desc()).split())[:300]
+    if not hasattr(error, "node_operator") or not error.node_operator():
+        return text
+    return f"node {error.node_name()} ({error.node_operator()}): {text}"
+
+
+def _configure(api: TensorRt, config: Any, source: Source, options: EngineOptions, gpu: Gpu | None) -> tuple[str, ...]:
+    """Set everything but profiles and timing cache; returns the compute capabilities that the engine is for."""
+    flags = [
+        name
+        for name, wanted in (
+            ("SPARSE_WEIGHTS", options.sparse),
+            ("VERSION_COMPATIBLE", options.version_compatible),
+            ("WEIGHT_STREAMING", options.weight_streaming),
+            ("REFIT", options.refit),
+        )
+        if wanted
+    ]
+    if not api.strongly_typed:
+        if source.precision == "bfloat16":
+            raise UsageError(
+                f"{source.path}: {api.label} has no bfloat16; export with fp16 or use TensorRT 10 or newer"
+            )
+        flags += ["FP16"] * (source.precision == "float16") + ["INT8"] * source.quantized
+    api.set_flags(config, flags)
+    api.set_detailed(config)
+    if options.workspace_bytes is not None:
+        api.set_workspace(config, options.workspace_bytes)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.tactic_sources:
+        api.set_tactic_sources(config, options.tactic_sources)
+    if options.hardware != "none":
+        api.set_hardware_compatibility(config, options.hardware.upper().replace("-", "_"))
+    if options.targets or api.kind == "tensorrt-rtx":
+        return api.set_targets(config, options.targets)
+    return (gpu.compute_capability,) if gpu else ()
+
+
+def _timing_cache(api: TensorRt, options: EngineOptions, gpu: Gpu | None) -> TimingCache | None:
+    if options.timing_cache is None:
+        return None
+    if api.kind != "tensorrt" or gpu is None:
+        raise UsageError(f"{api.label} times no kernels here, so it keeps no timing cache; leave timing-cache= out")
+    return TimingCache(options.timing_cache, api, gpu)
+
+
+def _inspect(api: TensorRt, plan: Any, logger: Any, log: BuildLog, gpu: Gpu | None) -> tuple[EngineLayer, ...]:
+    """The layers of the finished engine; none where it cannot be loaded here, and the log then says why."""
+    if gpu is None or not api.chooses_tactics_at_build:
+        return ()
+    try:
+        runtime = api.runtime(logger, log)
+        engine = api.deserialize(runtime, plan, Path(ENGINE), log)
+        return inspected_layers(api.inspect(engine))
+    except (SparsifyError, ValueError) as error:
+        log.write("ERROR", f"no inspection: {error}")
+        return ()

@@ -1,0 +1,212 @@
+"""Engine builds against a stand-in for TensorRT with a GPU: flags, profiles, twin, proof, refit, timing cache."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from sparsify.errors import SparsifyError, UsageError, VerificationError
+from sparsify.exporters.onnx_standard import export_onnx
+from sparsify.exporters.tensorrt_engine import PROOF, TWIN, build_engine
+from sparsify.exporters.tensorrt_header import check, read_header
+from sparsify.exporters.tensorrt_options import EngineOptions
+from sparsify.exporters.tensorrt_proof import read_proof
+from sparsify.exporters.tensorrt_refit import refit_engine
+from sparsify.exporters.tensorrt_trust import load_plan, was_built_here
+from sparsify.progress import Silent
+from tests.fake_tensorrt import SPARSE, Behaviour
+from tests.tensorrt_models import (
+    GPU,
+    SIZES,
+    SMALL,
+    Told,
+    checkpoint,
+    exported,
+    play,
+)
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Behaviour:
+    return play(monkeypatch)
+
+
+def test_sparse_engine_and_dense_twin(fake: Behaviour, out: Path) -> None:
+    told = Told()
+    options = EngineOptions.parse([*SMALL, "workspace=1GiB", "level=4"])
+    fake.chosen_above = 40  # the key and value projections have 32 outputs
+    built = build_engine(exported("fp16"), out, options, require_sparse=True, progress=told)
+    sparse, dense = fake.builds
+    assert sparse["flags"] == {"SPARSE_WEIGHTS"}
+    assert dense["flags"] == set()
+    for build in (sparse, dense):
+        assert build["network"] == 1 << 0  # STRONGLY_TYPED by its number in this version
+        assert build["pools"] == {"WORKSPACE": 1 << 30}
+        assert build["level"] == 4
+    assert told.stages == [("Building engine", 2)] * 2
+    assert told.steps == 4
+    assert built.proof.status == "sparse"
+    kernels = built.proof.engaged()
+    assert sorted(name for name, kernel in kernels.items() if kernel == "dense") == [
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.self_attn.v_proj",
+    ]
+    assert sum(kernel == SPARSE for kernel in kernels.values()) == 6
+    assert read_proof(out / PROOF) == built.proof
+    assert {path.name for path in out.iterdir()} == {
+        *("model.engine", "model.engine.json", "dense.engine", "dense.engine.json"),
+        *("build.log", "dense.log", PROOF),
+    }
+    assert "(Sparsity) Chose 6" in (out / "build.log").read_text()
+    assert "(Sparsity) Chose 0" in (out / "dense.log").read_text()
+    header = read_header(built.engine)
+    assert header == dataclasses.replace(built.header, options=header.options)
+    assert header.sparse
+    assert header.precision == "float16"
+    assert header.gpu == GPU.name
+    assert not read_header(out / TWIN).sparse
+    assert was_built_here(header.plan_sha256)
+    check(built.engine, header, kind="tensorrt", version=fake.version, compute_capability="9.0")
+
+
+def test_profiles_cover_prefill_and_decode(fake: Behaviour, out: Path) -> None:
+    build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), twin=False)
+    prefill, decode = (profile.shapes for profile in fake.builds[0]["profiles"])
+    assert prefill["input_ids"] == ((1, 1), (2, 16), (2, 16))
+    assert prefill["past_key_values.0.key"] == ((1, 2, 0, 16), (2, 2, 0, 16), (2, 2, 0, 16))
+    assert decode["input_ids"] == ((1, 1), (2, 1), (2, 1))
+    assert decode["attention_mask"] == ((1, 2), (2, 16), (2, 32))
+    assert decode["past_key_values.0.value"] == ((1, 2, 1, 16), (2, 2, 15, 16), (2, 2, 31, 16))
+    for shapes in (prefill, decode):
+        for bound in range(3):
+            tokens = shapes["input_ids"][bound][1] + shapes["past_key_values.0.key"][bound][2]
+            assert shapes["attention_mask"][bound] == (shapes["input_ids"][bound][0], tokens)
+
+
+def test_requiring_sparse_kernels(fake: Behaviour, out: Path) -> None:
+    fake.chosen_above = 10_000
+    with pytest.raises(VerificationError, match="a dense kernel for all 8 linears") as caught:
+        build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), require_sparse=True)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in out.iterdir()} == {"build.log"}
+    with pytest.raises(VerificationError, match="float32 has no sparse kernels"):
+        build_engine(exported("fp32"), out, EngineOptions.parse(SMALL), require_sparse=True)
+    assert len(fake.builds) == 1
+    with pytest.raises(UsageError, match="sparse=off"):
+        build_engine(exported("fp16"), out, EngineOptions(sparse=False), require_sparse=True)
+    fake.detailed = fake.report = False
+    with pytest.raises(VerificationError, match="dense twin"):
+        build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), require_sparse=True)
+
+
+def test_tensorrt_8(fake: Behaviour, out: Path) -> None:
+    fake.version = "8.6.0"
+    built = build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), progress=Told())
+    assert fake.builds[0]["flags"] == {"SPARSE_WEIGHTS", "FP16"}
+    assert fake.builds[1]["flags"] == {"FP16"}
+    assert built.proof.status == "sparse"
+    build_engine(exported("fp32"), out, EngineOptions.parse(SMALL), twin=False)
+    assert "FP16" not in fake.builds[2]["flags"]
+    with pytest.raises(UsageError, match="no bfloat16"):
+        build_engine(exported("bf16"), out)
+    with pytest.raises(UsageError, match="no builder flag WEIGHT_STREAMING"):
+        build_engine(exported("fp16"), out, EngineOptions(weight_streaming=True))
+    with pytest.raises(UsageError, match="SAME_COMPUTE_CAPABILITY"):
+        build_engine(exported("fp16"), out, EngineOptions(hardware="same-compute-capability"))
+    with pytest.raises(UsageError, match="leave targets= out"):
+        build_engine(exported("fp16"), out, EngineOptions(targets=("8.0",)))
+    with pytest.raises(UsageError, match="no tactic source CUBLAS"):
+        build_engine(exported("fp16"), out, EngineOptions(tactic_sources=("CUBLAS",)))
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 17179869184 bytes.)", "out of memory; lower workspace="),
+        ("[cuda] cudaErrorMemoryAllocation", "out of memory"),
+        ("no tactics to implement the operation within workspace limit", "raise workspace="),
+        ("something\nelse", "cannot build an engine: something else"),
+    ],
+)
+def test_builds_that_fail(fake: Behaviour, out: Path, message: str, part: str) -> None:
+    fake.errors = [message]
+    with pytest.raises(SparsifyError, match=part) as caught:
+        build_engine(exported("fp16"), out, EngineOptions.parse(SMALL))
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in out.iterdir()} == {"build.log"}
+
+
+def test_cancelling_a_build(fake: Behaviour, out: Path) -> None:
+    class Interrupted(Silent):
+        def advance(self, steps: int = 1) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), progress=Interrupted())
+    assert not list(out.glob("*.engine"))
+
+
+def test_refit(fake: Behaviour, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    export_onnx(checkpoint(tmp_path / "other", LlamaConfig(**SIZES), seed=1), tmp_path / "onnx", precision="fp16")
+    other = tmp_path / "onnx" / "model.onnx"
+    built = build_engine(exported("fp16"), out, EngineOptions.parse([*SMALL, "refit=on"]), twin=False)
+    before = built.engine.read_bytes()
+    header = refit_engine(built.engine, other)
+    assert header == read_header(built.engine)
+    assert header.source_sha256 != built.header.source_sha256
+    assert built.engine.read_bytes() != before
+    assert load_plan(built.engine, header)
+    # Weights that are not 2:4 where a sparse kernel runs.
+    model = onnx.load(other)
+    tensor = next(t for t in model.graph.initializer if "up_proj" in t.name)
+    tensor.raw_data = np.ones(tuple(tensor.dims), np.float16).tobytes()
+    onnx.save(model, other)
+    after = built.engine.read_bytes()
+    with pytest.raises(VerificationError, match=r"up_proj: not 2:4"):
+        refit_engine(built.engine, other)
+    fake.refit_accepts = False
+    with pytest.raises(VerificationError, match="do not fit"):
+        refit_engine(built.engine, exported("fp16"))
+    assert built.engine.read_bytes() == after
+    build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), twin=False)
+    with pytest.raises(UsageError, match="refit=on"):
+        refit_engine(built.engine, other)
+
+
+def test_timing_cache(fake: Behaviour, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "timings" / "cache"
+    options = EngineOptions.parse([*SMALL, f"timing-cache={path}"])
+    build_engine(exported("fp16"), out, options, twin=False)
+    content = path.read_bytes()
+    assert b"node_linear" in content
+    build_engine(exported("fp16"), out, options, twin=False)
+    assert path.read_bytes() == content
+    for damaged in (b"", b"onnx", content[:-1], content + b" ", content.replace(b"Pretend", b"Another"), b"[]\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="delete it or name another") as caught:
+            build_engine(exported("fp16"), out, options, twin=False)
+        assert "\n" not in str(caught.value)
+        # Whatever the file was, it is not ours to overwrite.
+        assert path.read_bytes() == damaged
+    path.write_bytes(content)
+    fake.version = "11.5.0.1"
+    with pytest.raises(UsageError, match=r"11\.4\.0\.106"):
+        build_engine(exported("fp16"), out, options, twin=False)
