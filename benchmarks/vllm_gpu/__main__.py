@@ -27,14 +27,16 @@ from pathlib import Path
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gpu_machine.batches import take
+from gpu_machine.children import child
+from gpu_machine.record import NOT_RUN
+
 from vllm_gpu.check import PARTS, check
-from vllm_gpu.children import child
+from vllm_gpu.children import TASKS
 from vllm_gpu.layer import LAYERS, layer
 from vllm_gpu.model import model
 from vllm_gpu.pack import pack
-from vllm_gpu.record import NOT_RUN
 from vllm_gpu.serve import serve
-from vllm_gpu.unpack import unpack
 from vllm_gpu.variants import KERNELS, VARIANTS
 
 
@@ -50,7 +52,7 @@ def parse() -> argparse.Namespace:
     stage = stages.add_parser("unpack", help="join, verify and unpack the batches")
     stage.add_argument("--batches", type=Path, required=True)
     stage.add_argument("--into", type=Path, required=True)
-    stage.set_defaults(run=unpack)
+    stage.set_defaults(run=lambda options: take(options.batches, options.into, Path(__file__).parent))
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, required=True)
     common.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -88,7 +90,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
-        child(sys.argv[2], Path(sys.argv[3]))
+        child(TASKS[sys.argv[2]], Path(sys.argv[3]))
         return
     options = parse()
     if getattr(options, "device", None) == "cuda":

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gpu_machine.record import spread
+
 from vllm_gpu.kernels import capture
-from vllm_gpu.record import Record, spread
+from vllm_gpu.record import Record
 from vllm_gpu.variants import present
 from vllm_gpu.weights import pruned
 

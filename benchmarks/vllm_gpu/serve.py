@@ -14,8 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gpu_machine.record import spread
+
 from vllm_gpu.model import MODELS
-from vllm_gpu.record import Record, spread
+from vllm_gpu.record import Record
 from vllm_gpu.variants import present, run_engine
 
 

@@ -1,0 +1,1 @@
+"""What the packages for a borrowed GPU machine share: batches of files, records, processes of their own."""

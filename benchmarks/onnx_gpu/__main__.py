@@ -1,0 +1,86 @@
+"""ONNX Runtime and TensorRT on an NVIDIA GPU: do exported models run, are they right, and what do zeros save.
+
+Written for a machine that is lent for a quarter of an hour, has Python 3.12, torch 2.11 for CUDA 13, transformers and
+no network, and takes files in batches. What it lacks is packed elsewhere by the stage `pack`, which also prints the
+commands. The stage `run` is one command of less than ten minutes and writes one JSON record:
+
+    python3 benchmarks/onnx_gpu pack   --out DIR [--wheel FILE ...]   download and write the batches
+    python3 benchmarks/onnx_gpu unpack --batches DIR --into DIR       join, verify, unpack; then `. DIR/env`
+    onnx_gpu run --out FILE                                           export, build, check and time
+
+`pack` takes TensorRT-RTX from PyPI, which has no wheel of TensorRT 10 or 11 with a builder. Wheels of TensorRT for
+Python 3.12 that you have are packed with `--wheel`; `run` then prefers TensorRT (`--runtime`).
+
+Parts of `run`, in order, each for every precision and in a process of its own: what fails is recorded, and the rest
+goes on. Exit status: 0 all well, 1 something is wrong, 3 something could not be run or did not fit into --budget-s.
+With `--device cpu --tiny` an ordinary machine runs export, TensorRT-RTX's build and ONNX Runtime on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+# A folder that is run is on the path itself; its modules are those of a package, beside the other benchmarks.
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu_machine.batches import take
+from gpu_machine.children import child
+from gpu_machine.record import NOT_RUN
+
+from onnx_gpu.pack import pack
+from onnx_gpu.run import PARTS, run
+from onnx_gpu.tasks import TASKS
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "onnx_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = parser.add_subparsers(required=True, metavar="STAGE")
+    stage = stages.add_parser("pack", help="what the GPU machine lacks, in batches", description=pack.__doc__)
+    stage.add_argument("--out", type=Path, required=True)
+    stage.add_argument("--limit-mib", type=float, default=60, help="of a batch; the checkout's own files travel too")
+    stage.add_argument("--wheel", type=Path, nargs="+", default=[], help="further wheels, as of TensorRT")
+    stage.set_defaults(run=pack)
+    stage = stages.add_parser("unpack", help="join, verify and unpack the batches")
+    stage.add_argument("--batches", type=Path, required=True)
+    stage.add_argument("--into", type=Path, required=True)
+    stage.set_defaults(run=lambda options: take(options.batches, options.into, Path(__file__).parent))
+    stage = stages.add_parser("run", help="export, build, check and time")
+    stage.add_argument("--out", type=Path, required=True)
+    stage.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    stage.add_argument("--precisions", nargs="+", default=["fp16", "bf16"], choices=["fp32", "fp16", "bf16"])
+    stage.add_argument("--runtime", choices=["tensorrt", "tensorrt-rtx"], help="default: whichever is there, in order")
+    stage.add_argument("--layers", type=int, help="blocks, fewer than the model has")
+    stage.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    stage.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
+    stage.add_argument("--new-tokens", type=int, default=64)
+    stage.add_argument("--repeats", type=int, default=5)
+    stage.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    stage.add_argument("--tiny", action="store_true", help="sizes that an ordinary machine runs in minutes")
+    stage.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "onnx-gpu/work")
+    stage.add_argument("--budget-s", type=float, default=560)
+    stage.set_defaults(run=run)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["child"]:
+        child(TASKS[sys.argv[2]], Path(sys.argv[3]))
+        return
+    options = parse(sys.argv[1:])
+    if getattr(options, "device", None) == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no CUDA device: this needs an NVIDIA GPU and a CUDA build of torch; try --device cpu --tiny")
+            sys.exit(NOT_RUN)
+    sys.exit(options.run(options))
+
+
+if __name__ == "__main__":
+    main()

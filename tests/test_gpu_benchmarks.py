@@ -1,0 +1,195 @@
+"""The parts of the GPU benchmarks that need no GPU: batches of files, records, comparisons, and the order of calls."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from gpu_machine.batches import pack_folders, take
+from gpu_machine.record import NOT_RUN, WRONG, Record
+from onnx_gpu.__main__ import parse
+from onnx_gpu.compare import CASES, NEW, check_session, references
+from onnx_gpu.pack import unit
+from onnx_gpu.tasks import TASKS
+from onnx_gpu.timing import time_sessions
+
+from sparsify.exporters.tensorrt_api import TensorRt
+from sparsify.exporters.tensorrt_header import read_header, write_header
+from sparsify.exporters.tensorrt_options import EngineOptions
+from sparsify.runtimes import tensorrt_session
+from sparsify.runtimes.torch_session import TorchSession
+from tests import trt_double
+from tests.engines import VOCAB, build, make
+from tests.fakes import FakeSession
+
+TOOL = Path(__file__).parents[1] / "benchmarks/onnx_gpu"
+LIMIT = 1 << 20
+
+
+def folders(root: Path) -> dict[str, Path]:
+    """Two units, one of them larger than a batch however well it is compressed."""
+    noise = np.random.default_rng(0)
+    for name, sizes in {"large": [1_500_000, 900_000], "small": [1000, 0]}.items():
+        for i, size in enumerate(sizes):
+            path = root / name / f"{name}/file{i}.so"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(noise.bytes(size))
+    return {path.name: path for path in sorted(root.iterdir())}
+
+
+def test_batches_are_small_and_come_back_whole(tmp_path: Path) -> None:
+    units = folders(tmp_path / "units-in")
+    (tmp_path / "out").mkdir()
+    batches = pack_folders(units, tmp_path / "out", LIMIT)
+    assert len(batches) >= 3
+    assert all(path.stat().st_size <= LIMIT for path in batches)
+    into = tmp_path / "into"
+    for i, batch in enumerate(batches):
+        # They arrive one at a time, in any order.
+        arrived = tmp_path / f"arrived-{i}"
+        arrived.mkdir()
+        shutil.copy(batch, arrived)
+        assert take(arrived, into, TOOL) == 0
+        assert (into / "env").exists() is (i == len(batches) - 1)
+    for folder in units.values():
+        for path in folder.rglob("*.so"):
+            assert (into / "site" / path.relative_to(folder)).read_bytes() == path.read_bytes()
+    env = (into / "env").read_text()
+    assert f"PYTHONPATH='{into / 'site'}'" in env
+    assert env.splitlines()[1].startswith("onnx_gpu() {")
+
+
+def test_a_damaged_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    batches = pack_folders(folders(tmp_path / "units-in"), tmp_path / "out", LIMIT)
+    victim = bytearray(batches[0].read_bytes())
+    with tarfile.open(batches[0]) as archive:
+        part = archive.getmembers()[1]
+    victim[part.offset_data + 1000] ^= 1
+    batches[0].write_bytes(bytes(victim))
+    assert take(tmp_path / "out", tmp_path / "into", TOOL) == WRONG
+    assert "differs from its checksum; send batch-1.tar again" in capsys.readouterr().out
+    assert take(tmp_path / "units-in", tmp_path / "into", TOOL) == NOT_RUN
+
+
+def test_arguments() -> None:
+    options = parse(["run", "--out", "x.json"])
+    assert options.precisions == ["fp16", "bf16"]
+    assert options.parts == ["export", "build", "engine", "onnxruntime", "genai"]
+    assert options.budget_s < 600
+    assert set(options.parts) < TASKS.keys()
+    with pytest.raises(SystemExit):
+        parse(["run", "--out", "x.json", "--parts", "nothing"])
+    own = Path("sparsify_toolkit-0.1-py3-none-any.whl")
+    assert unit(own, own) == "sparsify"
+    assert unit(Path("onnxruntime_gpu-1.31.1-cp312.whl"), own) == "onnxruntime_gpu"
+    assert unit(Path("onnx-1.23.2-cp312.whl"), own) == "packages"
+
+
+def test_a_record_says_what_went_wrong(tmp_path: Path) -> None:
+    options = argparse.Namespace(out=tmp_path / "a/record.json", budget_s=100, device="cpu", run=print)
+    record = Record("benchmark", options, ("torch", "no-such-package"))
+    assert 90 < record.left_s <= 100
+    assert record.close() == 0
+    record.not_run("this", "no GPU")
+    assert record.close() == NOT_RUN
+    record.failed("that", "differs")
+    assert record.close() == WRONG
+    body = json.loads((tmp_path / "a/record.json").read_text())
+    assert body["not_run"] == [{"what": "this", "why": "no GPU"}]
+    assert body["failed"] == [{"what": "that", "why": "differs"}]
+    assert body["environment"]["versions"].keys() >= {"torch", "python"}
+    assert "run" not in body["arguments"]
+
+
+class Wrong(TorchSession):
+    """Attends to padding, and generates the second best token once."""
+
+    def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        return super().logits(ids)
+
+    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        made = super().generate(ids, n)
+        made[1, n // 2] = super().logits(np.concatenate([ids, made[:, : n // 2]], axis=1))[1, -1].argsort()[-2]
+        return made
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make("llama", tmp_path_factory)
+
+
+def test_comparison_tells_right_from_wrong(llama: tuple[Path, Path]) -> None:
+    wanted = references(llama[0], "float32", "cpu")
+    assert wanted.tokens.shape == (3, NEW)
+    with TorchSession(llama[0]) as right, Wrong(llama[0]) as wrong:
+        assert [row["ok"] for row in check_session("right", right, wanted)] == [True] * 4
+        rows = {row["case"]: row for row in check_session("wrong", wrong, wanted)}
+    assert [row["ok"] for row in rows.values()] == [True, False, True, False]
+    assert "allowed is" in rows["wrong, left padding"]["why"]
+    assert "below the best" in rows["wrong, generation"]["why"]
+    nan = FakeSession(lambda ids: np.full((*ids.shape, VOCAB), np.nan, dtype=np.float32))
+    failed = list(check_session("nan", nan, wanted, CASES[:1]))
+    assert [row["ok"] for row in failed] == [False, False]
+    assert "AssertionError" in failed[1]["why"]
+
+
+def test_a_session_that_fails_does_not_stop_the_others(llama: tuple[Path, Path]) -> None:
+    arguments = {
+        "lengths": [4], "batches": [1, 2], "new_tokens": 6, "repeats": 2, "sizes": {"vocabulary": VOCAB},
+    }  # fmt: skip
+    with TorchSession(llama[0]) as works:
+        fails = FakeSession(lambda ids: np.zeros((*ids.shape, VOCAB), dtype=np.float32))
+        rows = list(time_sessions({"fails": fails, "works": works}, arguments))
+    assert [row["ok"] for row in rows if "ok" in row] == [False] * 3
+    timed = [row for row in rows if "timed" in row]
+    assert [(row["timed"], row["batch"], row["session"]) for row in timed] == [
+        ("prefill", 1, "works"),
+        ("decode", 1, "works"),
+        ("decode", 2, "works"),
+    ]
+    assert all(len(row["first_token_s"]) == 2 for row in timed)
+
+
+def test_engines_are_checked_and_timed(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trt_double, "MEMORY", None)
+    folder = tmp_path / "fp32/standard"
+    build(folder, llama[1], EngineOptions(batch=3, prompt=24, total=64))
+    shutil.copy(folder / "model.engine", folder / "dense.engine")
+    write_header(folder / "dense.engine", read_header(folder / "model.engine"))
+    shutil.copytree(llama[0], tmp_path / "model/plain")
+    double = functools.partial(tensorrt_session.TensorRtSession, device="cpu", api=TensorRt(trt_double, "tensorrt"))
+    monkeypatch.setattr(tensorrt_session, "TensorRtSession", double)
+    arguments: dict[str, Any] = {
+        "root": str(tmp_path), "precision": "fp32", "device": "cpu", "lengths": [8, 16], "batches": [1, 2],
+        "new_tokens": 16, "repeats": 1, "sizes": {"vocabulary": VOCAB},
+    }  # fmt: skip
+    rows = list(TASKS["engine"](arguments))
+    json.dumps(rows)
+    checked = [row for row in rows if "ok" in row]
+    assert len(checked) == 4 * 4
+    assert all(row["ok"] for row in checked), [row["why"] for row in checked]
+    sessions = {row["session"] for row in rows if "open_s" in row}
+    assert sessions == {f"{kind}, {way}" for kind in ("sparse", "dense") for way in ("CUDA graphs", "growing cache")}
+    timed = [row for row in rows if "timed" in row]
+    assert len(timed) == 4 * (2 + 2)
+    assert sum("engaged" in row for row in rows) == 2
+    (folder / "dense.engine").unlink()
+    rows = list(TASKS["engine"](arguments))
+    assert [row["ok"] for row in rows if str(row.get("case", "")).startswith("dense")] == [False, False]
+    assert len([row for row in rows if "timed" in row]) == 2 * (2 + 2)
