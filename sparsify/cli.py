@@ -18,9 +18,11 @@ from sparsify.options import (
     Bos,
     Calibration,
     Changes,
+    Compress,
     ComputeDtype,
     Dense,
     Device,
+    Engine,
     EvalLength,
     EvalStride,
     EvalText,
@@ -29,19 +31,26 @@ from sparsify.options import (
     Group,
     Include,
     Json,
+    Layout,
     Length,
     MethodName,
     Model,
+    Opset,
     Out,
     Override,
     Overwrite,
     Pattern,
+    Precision,
+    Provider,
     RecipeFile,
+    RequireSparse,
     Seed,
     Target,
     Trust,
+    TrustEngine,
     WindowCount,
     check_device,
+    export_options,
     merge_settings,
     required,
 )
@@ -157,13 +166,21 @@ def prune_command(
 def export_command(
     checkpoint: Annotated[Path, typer.Argument(help="Folder that prune or --target hf or vllm wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
-    target: Annotated[str, typer.Option("--target", "-t", help="hf, vllm or onnx.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="hf, vllm, onnx or tensorrt.")],
     dense: Dense = False,
+    layout: Layout = None,
+    precision: Precision = None,
+    provider: Provider = None,
+    opset: Opset = None,
+    compress: Compress = False,
+    engine: Engine = None,
+    require_sparse: RequireSparse = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Export a pruned CHECKPOINT for a runtime; its outputs are compared with PyTorch's first."""
+    options = export_options(locals())
     from sparsify.bench.report import size
     from sparsify.console import print_json, print_line
     from sparsify.files import folder_bytes
@@ -175,16 +192,70 @@ def export_command(
             target,
             out,
             overwrite=overwrite,
-            dense=dense,
+            options=options,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     result = {"out": str(out), "target": target, "bytes": folder_bytes(out), "parity": body.get("parity")}
-    result |= {"storage": body["storage"]} if "storage" in body else {}
+    result |= {key: body[key] for key in ("storage", "rounding", "tensorrt") if key in body}
+    if "onnx" in body:
+        result["onnx"] = {key: value for key, value in body["onnx"].items() if key != "weights"}
     if json:
         print_json(result)
     else:
         print_line(f"{out}: {target}, {size(folder_bytes(out))}")
+
+
+@app.command("decompress")
+def decompress_command(
+    artifact: Annotated[Path, typer.Argument(help="Folder that --target onnx --compress wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write an ONNX ARTIFACT with packed weights as a dense one, for runtimes or memories that cannot unpack it."""
+    from sparsify.bench.report import size
+    from sparsify.console import print_json, print_line
+    from sparsify.decompress import decompress
+    from sparsify.files import folder_bytes
+
+    with _progress() as progress:
+        decompress(artifact, out, overwrite=overwrite, progress=progress)
+    before, after = folder_bytes(artifact), folder_bytes(out)
+    if json:
+        print_json({"out": str(out), "bytes": after, "packed_bytes": before})
+    else:
+        print_line(f"{out}: dense, {size(after)} (packed {size(before)})")
+
+
+@app.command("refit")
+def refit_command(
+    artifact: Annotated[Path, typer.Argument(help="Folder that --target tensorrt --engine refit=on wrote.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The same model pruned again, with the same pattern.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
+    trust_engine: TrustEngine = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    json: Json = False,
+) -> None:
+    """Put the weights of CHECKPOINT into the TensorRT engines of ARTIFACT, without building them again."""
+    from sparsify.console import print_json, print_line
+    from sparsify.refit import refit
+
+    with _progress() as progress:
+        body = refit(
+            artifact,
+            checkpoint,
+            out,
+            overwrite=overwrite,
+            trust_engine=trust_engine,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        print_json({"out": str(out), "tensorrt": body["tensorrt"], "parity": body["parity"]})
+    else:
+        print_line(f"{out}: engines refitted")
 
 
 @app.command("prune-and-export")
@@ -212,6 +283,13 @@ def prune_and_export_command(
     recipe: RecipeFile = None,
     device: Device = None,
     dense: Dense = False,
+    layout: Layout = None,
+    precision: Precision = None,
+    provider: Provider = None,
+    opset: Opset = None,
+    compress: Compress = False,
+    engine: Engine = None,
+    require_sparse: RequireSparse = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -237,7 +315,7 @@ def prune_and_export_command(
             ),
             overwrite=overwrite,
             device=device,
-            dense=run.get("dense", False),
+            options=export_options(run),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -258,7 +336,9 @@ def eval_command(
     stride: EvalStride = None,
     bos: Bos = None,
     against: Annotated[str | None, typer.Option(help="Dense model to measure the KL divergence from.")] = None,
-    runtime: Annotated[str, typer.Option(help="auto, torch, onnxruntime, vllm or vllm-server.")] = "auto",
+    runtime: Annotated[
+        str, typer.Option(help="auto, torch, onnxruntime, onnxruntime-genai, tensorrt, vllm or vllm-server.")
+    ] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="torch, vllm: of weights and arithmetic.", show_default="float32; vllm: bfloat16")
     ] = None,
@@ -270,12 +350,26 @@ def eval_command(
     python: Annotated[
         str | None, typer.Option(help="vllm-server: Python of the environment with vLLM.", show_default="this one")
     ] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            help="onnxruntime: auto, cpu, cuda or tensorrt; onnxruntime-genai: cpu or cuda.", show_default="auto"
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="onnxruntime: threads of one operator.", show_default="one for each core")
+    ] = None,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="onnxruntime: let the CPU run what the provider cannot; reported.")
+    ] = False,
+    trust_engine: TrustEngine = False,
     trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Measure perplexity of an artifact in the runtime that serves it.
 
-    That is ONNX Runtime for ONNX, vLLM for a compressed checkpoint where vLLM is installed, else PyTorch.
+    That is TensorRT for an engine, ONNX Runtime for ONNX, vLLM for a compressed checkpoint where vLLM is installed, else
+    PyTorch.
     """
     from sparsify.bench.report import kernels
     from sparsify.console import print_json, print_table
@@ -302,7 +396,17 @@ def eval_command(
             ids,
             stride=stride,
             against=reference,
-            runtime=Runtime(runtime, dtype, kernel, tensor_parallel, python),
+            runtime=Runtime(
+                runtime,
+                dtype,
+                kernel,
+                tensor_parallel,
+                python,
+                provider=provider,
+                threads=threads,
+                allow_fallback=allow_fallback,
+                trust_engine=trust_engine,
+            ),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )

@@ -35,10 +35,14 @@ def diagnose() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     check("prune on GPU", bool(gpus), ", ".join(gpus) or "no CUDA device; --device cpu is the default")
     for name, target in TARGETS.items():
-        package(f"export {name}", target.extra)
+        if name == "tensorrt":
+            check("export tensorrt", *_tensorrt())
+        else:
+            package(f"export {name}", target.extra)
     package("read GGUF", "gguf")
     package("text by name (hf:…)", "datasets")
     check("serve with vLLM", *_vllm())
+    check("ONNX Runtime on GPU", *_onnxruntime_on_gpu())
     device = torch.device("cuda" if gpus else "cpu")
     for kernel in KERNELS.values():
         why = kernel.absent(device)
@@ -70,6 +74,30 @@ def _vllm() -> tuple[bool, str]:
             return True, f"{name} {found}, which the plugin knows"
         return False, f"{name} {found} is outside the versions that the plugin knows; see docs/vllm.md"
     return False, "not in this environment; export works without it, and sparsify eval takes --python of another"
+
+
+def _onnxruntime_on_gpu() -> tuple[bool, str]:
+    if absent("onnx"):
+        return False, f"missing {absent('onnx')}"
+    import onnxruntime
+
+    offered = [name for name in onnxruntime.get_available_providers() if name != "CPUExecutionProvider"]
+    gpu = [name for name in offered if name.startswith(("CUDA", "Tensorrt"))]
+    return bool(gpu), ", ".join(gpu) or "this build runs on CPUs; pip install onnxruntime-gpu in its place"
+
+
+def _tensorrt() -> tuple[bool, str]:
+    from sparsify.exporters.tensorrt_api import find_gpu, load_tensorrt
+
+    try:
+        found = load_tensorrt()
+    except SparsifyError as error:
+        return False, str(error)
+    gpu = find_gpu()
+    if gpu is None:
+        can = "no CUDA device: it builds engines and runs none" if found.kind == "tensorrt-rtx" else "no CUDA device"
+        return found.kind == "tensorrt-rtx", f"{found.label}; {can}"
+    return True, f"{found.label}, {gpu.name} ({gpu.compute_capability})"
 
 
 def _embedded() -> tuple[str, bool, str]:

@@ -8,7 +8,7 @@ from sparsify.errors import MissingExtraError
 
 # gguf: transformers asks for accelerate too, without using it for a load on one device.
 EXTRAS = {
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "onnx": ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
     "gguf": ("gguf", "accelerate"),
     "datasets": ("datasets",),
 }

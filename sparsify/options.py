@@ -82,11 +82,46 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output; start again where it cannot resume.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+TrustEngine = Annotated[
+    bool, typer.Option("--trust-engine", help="Load TensorRT engines that were not built here; an engine is code.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Target = Annotated[
-    list[str] | None, typer.Option("--target", "-t", help="hf, vllm, onnx; repeatable.", show_default="hf")
+    list[str] | None, typer.Option("--target", "-t", help="hf, vllm, onnx, tensorrt; repeatable.", show_default="hf")
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Target vllm: the plain checkpoint, for vLLM without the plugin.")]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        help="Target onnx: genai (ONNX Runtime's operators, fastest) or standard (ONNX's own, for every runtime).",
+        show_default="genai where it knows the architecture",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="Targets onnx, tensorrt: fp32, fp16, bf16; onnx in layout genai also int8, int4.",
+        show_default="onnx fp32, tensorrt fp16",
+    ),
+]
+Provider = Annotated[
+    str | None,
+    typer.Option(help="Target onnx: cpu, cuda or tensorrt, which is to run it.", show_default="what the precision has"),
+]
+Opset = Annotated[
+    int | None, typer.Option(help="Targets onnx (layout standard), tensorrt: 18 to 24.", show_default="23")
+]
+Compress = Annotated[
+    bool,
+    typer.Option("--compress", help="Target onnx: store pruned weights packed; ONNX Runtime unpacks them on load."),
+]
+Engine = Annotated[
+    list[str] | None,
+    typer.Option(help="Target tensorrt: KEY=VALUE, see docs/tensorrt.md; repeatable.", show_default="none"),
+]
+RequireSparse = Annotated[
+    bool, typer.Option("--require-sparse", help="Target tensorrt: fail unless a sparse tactic was chosen.")
+]
 EvalText = Annotated[str | None, typer.Option(help="As --calibration; none to skip.", show_default="pydoc")]
 EvalWindows = Annotated[
     int | None, typer.Option(help="Evaluation windows, from the start of the text.", show_default="32")
@@ -104,7 +139,15 @@ _RUN_KEYS: dict[str, type] = {
     "eval_stride": int,
     "device": str,
     "dense": bool,
+    "layout": str,
+    "precision": str,
+    "provider": str,
+    "opset": int,
+    "compress": bool,
+    "engine": list,
+    "require_sparse": bool,
 }
+_EXPORT_KEYS = ("dense", "layout", "precision", "provider", "opset", "compress", "engine", "require_sparse")
 
 
 def merge_settings(recipe_file: Path | None, options: dict[str, Any]) -> tuple[Recipe, dict[str, Any]]:
@@ -145,6 +188,16 @@ def merge_settings(recipe_file: Path | None, options: dict[str, Any]) -> tuple[R
     recipe_keys = {f.name for f in fields(Recipe)}
     merged = values | {key: value for key, value in given.items() if key in recipe_keys}
     return from_mapping(merged, where), run
+
+
+def export_options(run: dict[str, Any]) -> Any:
+    """The ``targets.Options`` among run-level settings, with the targets' own defaults for the rest."""
+    from sparsify.targets import Options
+
+    chosen = {key: run[key] for key in _EXPORT_KEYS if run.get(key) is not None}
+    if "engine" in chosen:
+        chosen["engine"] = tuple(chosen["engine"])
+    return Options(**chosen)
 
 
 def _change(given: dict[str, Any], pairs: list[str], settings: Any, where: str) -> None:

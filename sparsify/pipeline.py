@@ -23,11 +23,11 @@ from sparsify.prune import prune
 from sparsify.recipe import Recipe
 from sparsify.runtimes import Runtime, open_session
 from sparsify.source import Source
-from sparsify.targets import Options, check_dense, find_target
+from sparsify.targets import Options, check_options, find_target, options_for
 
 _CHECKPOINT = "checkpoint"
 # Keys of a manifest that describe its own files, not the model.
-_OF_ONE_EXPORT = ("format", "files", "onnx", "parity", "storage")
+_OF_ONE_EXPORT = ("format", "files", "onnx", "parity", "rounding", "storage", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def export(
     out: Path,
     *,
     overwrite: bool = False,
-    dense: bool = False,
+    options: Options | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -64,13 +64,14 @@ def export(
     Returns the manifest of the artifact.
 
     Raises:
-        UsageError: unknown target.
+        UsageError: unknown target, or an option that it has not.
         VerificationError: ``checkpoint`` has no manifest or is not what its manifest says, or the artifact computes
             something else than the model.
     """
     progress = progress or Silent()
     write = find_target(target)
-    check_dense(dense, [target])
+    options = options or Options()
+    check_options(options, [target])
     body = manifest.read(checkpoint)
     if body["kind"] not in ("checkpoint", "hf", "vllm"):
         raise UsageError(
@@ -82,7 +83,7 @@ def export(
     # Nothing in an export is worth resuming: no state is saved, so it starts from an empty folder.
     with staging_folder(out, {"command": "export"}, overwrite=overwrite, inputs=[checkpoint]) as staging:
         progress.stage(f"exporting {target}", 1)
-        extra = write(checkpoint, staging.path, body, Options(trust_remote_code, dense))
+        extra = write(checkpoint, staging.path, body, options, trust_remote_code, progress)
         if (checkpoint / manifest.PERMUTATIONS).exists():
             write_atomic(
                 staging.path / manifest.PERMUTATIONS, partial(shutil.copyfile, checkpoint / manifest.PERMUTATIONS)
@@ -107,7 +108,7 @@ def prune_and_export(
     evaluation: Evaluation,
     overwrite: bool = False,
     device: str = "cpu",
-    dense: bool = False,
+    options: Options | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -123,7 +124,8 @@ def prune_and_export(
     started = time.monotonic()
     for target in targets:
         find_target(target)
-    check_dense(dense, targets)
+    options = options or Options()
+    check_options(options, targets)
     if len(set(targets)) != len(targets):
         raise UsageError(f"target {', '.join(targets)}: each target can be named once")
     # Before hours of pruning: a text that is too short or missing has to be known now.
@@ -137,7 +139,7 @@ def prune_and_export(
         "calibration": stamps([text] if text.is_file() else []),
         "versions": manifest.versions("torch", "transformers"),
         "device": device,
-        "dense": dense,
+        "options": asdict(options),
     }
     with staging_folder(out, request, overwrite=overwrite, inputs=[source.folder], check=_damage) as staging:
         resumed = staging.state is not None
@@ -160,7 +162,7 @@ def prune_and_export(
                     origin,
                     target,
                     staging.path / target,
-                    dense=dense and target == "vllm",
+                    options=options_for(options, target),
                     trust_remote_code=trust_remote_code,
                     progress=progress,
                 )
@@ -250,6 +252,21 @@ def evaluate(
         }
 
 
+def _cannot_run(target: str, body: dict[str, Any]) -> str | None:
+    """Why this machine cannot run an artifact that it made, or None: such an artifact is delivered unmeasured."""
+    if target == "tensorrt":
+        from sparsify.exporters.tensorrt_api import find_gpu
+
+        return None if find_gpu() else "not run here: TensorRT needs a CUDA device"
+    if target == "onnx" and "not_run" in (body.get("rounding") or {}):
+        import onnxruntime
+
+        wanted = f"{body['onnx']['provider']}executionprovider"
+        if wanted not in [name.lower() for name in onnxruntime.get_available_providers()]:
+            return f"not run here: the graph is for provider {body['onnx']['provider']}"
+    return None
+
+
 def _report(
     source: Source,
     staging: Path,
@@ -276,7 +293,12 @@ def _report(
     pruned = measure(origin, against=source.folder)
     artifacts = []
     for target in targets:
-        record = pruned if staging / target == origin else measure(staging / target)
+        missing = _cannot_run(target, manifest.read(staging / target))
+        if missing:
+            record = {"runtime": missing}
+            progress.notice(f"{target}: {missing}")
+        else:
+            record = pruned if staging / target == origin else measure(staging / target)
         artifacts.append(
             {
                 "target": target,

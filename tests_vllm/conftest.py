@@ -40,6 +40,7 @@ from sparsify.plugins.engaged import RECORDS, Engaged  # noqa: E402
 from sparsify.prune import prune  # noqa: E402
 from sparsify.recipe import Recipe  # noqa: E402
 from sparsify.source import resolve  # noqa: E402
+from sparsify.targets import Options  # noqa: E402
 from tests import conftest as ordinary  # noqa: E402
 
 PROMPT = 40
@@ -140,7 +141,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     def build(model: Path | str, **recipe: Any) -> tuple[Path, Path]:
         root = tmp_path_factory.mktemp("artifact")
         prune(resolve(str(model)), Recipe(**recipe), root / "pruned")
-        export(root / "pruned", "vllm", root / "plain", dense=True)
+        export(root / "pruned", "vllm", root / "plain", options=Options(dense=True))
         export(root / "pruned", "vllm", root / "compressed")
         return root / "plain", root / "compressed"
 

@@ -1,6 +1,6 @@
 """Export of a checkpoint to ONNX with standard operators only: what ONNX Runtime, OpenVINO and TensorRT all read.
 
-The graph is a decoder with a key/value cache as flat tensors, float32:
+The graph is a decoder with a key/value cache as flat tensors, float32, float16 or bfloat16 throughout:
 
     input_ids [batch, sequence] int64, attention_mask [batch, total_sequence] int64, position_ids [batch, sequence]
     int64 (absent where the architecture takes none), past_key_values.{i}.key/value [batch, heads, past_sequence, dim]
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from sparsify import __version__
 from sparsify.checkpoint import copy_side_files, portable_config, read_config
 from sparsify.errors import MissingExtraError, ModelError, NumericsError, OutputError, UsageError
+from sparsify.exporters.onnx_forms import MAX_OPSET, MIN_OPSET, OPSET
 from sparsify.exporters.onnx_graph import check_standard, first_line, rename_axes, rename_weights
 from sparsify.files import write_json, writing
 from sparsify.model import load_model
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
 # Protobuf stops at 2 GiB, and readers keep a parsed copy of what lies inside the file until the session is made, so
 # larger models pay for a single file in load time and memory. Below this size one file is the handier artifact.
 EXTERNAL_DATA_BYTES = 512 * 1024**2
-# Below 18 the exporter cannot go. 23 brings Attention, RMSNormalization and RotaryEmbedding: half the nodes of 18.
-MIN_OPSET, OPSET, MAX_OPSET = 18, 23, 24
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @contextlib.contextmanager
@@ -104,8 +104,8 @@ def _trace(model: Any, opset: int) -> Any:
         names.append("position_ids")
     axes: list[tuple[int, int]] = [(0, 1)] * (len(example) - 2)
     for i, (key_heads, key_dim, value_heads, value_dim) in enumerate(_cache_shapes(model)):
-        example.append(torch.randn(batch, key_heads, past_sequence, key_dim))
-        example.append(torch.randn(batch, value_heads, past_sequence, value_dim))
+        example.append(torch.randn(batch, key_heads, past_sequence, key_dim, dtype=model.dtype))
+        example.append(torch.randn(batch, value_heads, past_sequence, value_dim, dtype=model.dtype))
         axes += [(0, 2), (0, 2)]
         names += [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
         outputs += [f"present.{i}.key", f"present.{i}.value"]
@@ -155,28 +155,33 @@ def _finish(program: Any, model: Any, path: Path) -> None:
         onnx_ir.save(exported, path, external_data=external)
 
 
-def export_onnx(checkpoint: Path, out: Path, *, opset: int = OPSET, trust_remote_code: bool = False) -> None:
+def export_onnx(
+    checkpoint: Path, out: Path, *, precision: str = "fp32", opset: int = OPSET, trust_remote_code: bool = False
+) -> None:
     """Write ``model.onnx`` (and ``model.onnx.data`` for large weights) into the existing folder ``out``.
 
     Config, generation config, tokenizer files and chat template are copied beside it where the checkpoint has them.
-    Peak memory is the float32 weights once, and once more while a file without external data is serialised.
+    Peak memory is the weights once, and once more while a file without external data is serialised.
 
     Args:
         checkpoint: Hugging Face folder (config, safetensors).
         out: existing folder; files of the same names in it are replaced.
+        precision: fp32, fp16 or bf16: weights, cache and arithmetic of the graph.
         opset: ONNX operator set, 18 to 24; 18 is for runtimes without ``Attention``, as TensorRT 8.6.
         trust_remote_code: run the modelling code that the checkpoint brings.
 
     Raises:
-        UsageError: opset out of range.
+        UsageError: opset out of range, or a precision that this layout has not.
         MissingExtraError: onnx or onnxscript is absent.
         ModelError: the checkpoint cannot be loaded, or its architecture cannot be traced.
-        NumericsError: a weight is NaN or infinite.
+        NumericsError: a weight is NaN or infinite, or too large for float16.
         OutputError: ``out`` is not a folder or cannot be written.
         VerificationError: the graph has non-standard operators or is refused by ONNX's checker.
     """
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise UsageError(f"opset {opset}: choose {MIN_OPSET} to {MAX_OPSET}")
+    if precision not in _DTYPES:
+        raise UsageError(f"precision {precision!r}: layout standard has {', '.join(_DTYPES)}")
     if not out.is_dir():
         raise OutputError(f"{out}: is not a folder")
     for package in ("onnx", "onnxscript"):
@@ -185,12 +190,13 @@ def export_onnx(checkpoint: Path, out: Path, *, opset: int = OPSET, trust_remote
     import torch
 
     with _quiet():
-        model = load_model(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
+        model = load_model(checkpoint, getattr(torch, _DTYPES[precision]), trust_remote_code=trust_remote_code)
         # Experts chosen by an indexed product can be traced; the default kernels choose them by data-dependent sizes.
         model.set_experts_implementation("batched_mm")
         for name, parameter in model.named_parameters():
             if not bool(parameter.isfinite().all()):
-                raise NumericsError(f"{checkpoint}: {name} holds NaN or Inf")
+                remedy = "" if precision == "fp32" else f" in {precision}; bf16 holds larger values than fp16"
+                raise NumericsError(f"{checkpoint}: {name} holds NaN or Inf{remedy}")
         try:
             program = _trace(model, opset)
         except ModelError as error:

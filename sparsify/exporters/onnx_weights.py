@@ -1,33 +1,40 @@
 """Where the weights of a checkpoint lie inside an ONNX file, found by content and never by name alone.
 
-The graph optimiser stores most linear weights transposed ([in, out]) and gives folded constants names of its own,
-so a name is a hint and the bits decide.
+Exporters store most linear weights transposed ([in, out]), fuse some with their neighbours (query, key and value) and
+split others (gate from up), and give constants names of their own, so a name is a hint and the bits decide. Quantised
+weights have other bits: they are found by lying within one step of the checkpoint's, with every removed weight exactly
+zero.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.errors import MissingExtraError, ModelError
+from sparsify.errors import ModelError
+from sparsify.exporters.onnx_reader import FLOATS, OnnxWeights, dtype_of
 
-# onnx.TensorProto.FLOAT, the only type that export_onnx writes weights in.
-_FLOAT = 1
+# Symmetric rounding moves a weight by half a step, and clips the extreme of the wrong sign by a whole one. Weights and
+# scales that go through float16 are each off by up to 128 x 2^-11 of a step more.
+_STEPS = 1.15
+# Query, key and value of their own, gate and up: three at most are known.
+_MOST_PIECES = 8
 
 
 @dataclass(frozen=True)
 class WeightLocation:
-    """One linear's weight inside an ONNX file.
+    """One linear's weight, or some rows of it, inside an ONNX file.
 
     Attributes:
         initializer: name of the ONNX initializer.
         transposed: whether it is stored [in, out] instead of [out, in] (last two axes).
         expert: index along the first axis, for the per-expert weight of a fused [experts, ...] initializer.
-        rows: (start, stop) of the output features, for a linear fused with another along them (gate with up).
+        rows: (start, stop) of the output features, for a linear fused with others along them.
     """
 
     initializer: str
@@ -36,110 +43,43 @@ class WeightLocation:
     rows: tuple[int, int] | None = None
 
     def view(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """The linear's weight ([out, in], or [experts, out, in] for a fused one) as a view of the initializer."""
+        """These rows of the weight ([rows, in], or [experts, out, in] for a fused one) as a view of the initializer."""
         weight = stored if self.expert is None else stored[self.expert]
         if self.transposed:
             weight = weight.swapaxes(-1, -2)
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
 
-class OnnxWeights:
-    """The initializers of one ONNX file by name; external data stay on disk until one of them is read.
-
-    Attributes:
-        tensors: name -> TensorProto, with its values only where they lie inside the file.
+def weight_at(weights: OnnxWeights, places: Sequence[WeightLocation]) -> NDArray[Any]:
+    """The weight [out, in] that lies in ``places``, in its stored float dtype, or float32 where it is quantised.
 
     Raises:
-        MissingExtraError: the onnx package is absent.
-        ModelError: the file, or the external data file it names, is missing, truncated or not ONNX.
+        ModelError: as ``OnnxWeights.read``, or a place does not fit its initializer.
     """
-
-    def __init__(self, model_path: Path) -> None:
+    pieces = []
+    for place in places:
+        name = place.initializer
         try:
-            import onnx
-        except ImportError as error:
-            raise MissingExtraError('ONNX needs: pip install "sparsify-toolkit[onnx]"') from error
-        self._onnx = onnx
-        self._path = model_path
-        try:
-            graph = onnx.load(model_path, load_external_data=False).graph
-        except Exception as error:  # protobuf's error type differs between its implementations
-            raise ModelError(f"{model_path}: missing, truncated or not an ONNX file: {error}") from error
-        self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in graph.initializer}
-
-    def read(self, name: str) -> NDArray[Any]:
-        """One initializer's float32 values in their stored shape; external data as a read-only memory map.
-
-        Raises:
-            ModelError: no such initializer, one of another type, or its external data is missing or truncated.
-        """
-        if name not in self.tensors:
-            raise ModelError(f"{self._path}: has no initializer {name!r}")
-        tensor = self.tensors[name]
-        if tensor.data_type != _FLOAT:
-            raise ModelError(f"{self._path}: initializer {name!r} has data type {tensor.data_type}, not float32")
-        if tensor.data_location != self._onnx.TensorProto.EXTERNAL:
-            try:
-                values: NDArray[Any] = self._onnx.numpy_helper.to_array(tensor)
-            except (ValueError, TypeError, OverflowError) as error:
-                raise ModelError(f"{self._path}: initializer {name!r} cannot be read: {error}") from error
-            return values
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        location = where.get("location", "")
-        # A location from the file must not lead out of the artifact's folder.
-        if not location or Path(location).name != location:
-            raise ModelError(
-                f"{self._path}: initializer {name} names the external file {location!r}, not a file beside it"
-            )
-        data_path = self._path.parent / location
-        try:
-            return np.memmap(data_path, np.float32, "r", int(where.get("offset", 0)), tuple(tensor.dims))
-        except (OSError, ValueError, TypeError, OverflowError) as error:
-            raise ModelError(f"{data_path}: initializer {name} cannot be read: {error}") from error
-
-    def weight(self, location: WeightLocation) -> NDArray[Any]:
-        """The weight [out, in] at ``location``, as a view.
-
-        Raises:
-            ModelError: as ``read``, or the location does not fit the initializer.
-        """
-        try:
-            return location.view(self.read(location.initializer))
+            stored = weights.dequantized(name) if name in weights.quantized else weights.read(name)
+            pieces.append(place.view(stored))
         except (IndexError, ValueError):
-            raise ModelError(f"{self._path}: {location} does not fit the initializer") from None
-
-
-def _digest(weight: NDArray[Any]) -> bytes:
-    # The bytes, not the values: -0.0 and 0.0 count as different, so equality here means recovered bit for bit.
-    contiguous = np.ascontiguousarray(weight)
-    digest = hashlib.sha256(repr(contiguous.shape).encode())
-    digest.update(contiguous.data)
-    return digest.digest()
-
-
-def _candidates(name: str, shape: tuple[int, ...], wanted: set[tuple[int, ...]]) -> Iterator[WeightLocation]:
-    """Every way in which an initializer of this shape can hold a weight of one of the wanted shapes."""
-    experts = shape[0] if len(shape) == 3 else 0
-    for transposed in (False, True):
-        out, inner = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
-        if (*shape[:-2], out, inner) in wanted:
-            yield WeightLocation(name, transposed)
-        for expert in range(experts):
-            if (out, inner) in wanted:
-                yield WeightLocation(name, transposed, expert)
-            if out % 2 == 0 and (out // 2, inner) in wanted:
-                yield WeightLocation(name, transposed, expert, (0, out // 2))
-                yield WeightLocation(name, transposed, expert, (out // 2, out))
+            raise ModelError(f"{weights.path}: {place} does not fit the initializer") from None
+    try:
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    except ValueError:
+        raise ModelError(f"{weights.path}: the pieces {list(places)} do not fit together") from None
 
 
 def find_weights(
     model_path: Path, checkpoint_weights: Iterable[tuple[str, NDArray[np.float32]]]
-) -> dict[str, WeightLocation | None]:
-    """Where each linear's weight lies in the ONNX file: bit-for-bit equal to the checkpoint's, or None.
+) -> dict[str, tuple[WeightLocation, ...]]:
+    """Where each linear's weight lies in the ONNX file: its pieces in the order of its rows, mostly one; () if nowhere.
 
-    Both sides are read once and one tensor at a time (pass a generator), and compared by SHA-256 of shape and bytes.
-    Where several initializers hold the same bits, the one that carries the linear's name is taken, then one not yet
-    taken.
+    A float weight is found where the graph holds the checkpoint's, cast to the graph's dtype, bit for bit; a quantised
+    one where every value is within a step of the checkpoint's and every zero exactly zero. Both sides are read once,
+    one tensor at a time (pass a generator; quantised weights one decoder block at a time), floats compared row by row
+    by hash. Where several places hold the same bits, the one that carries the linear's name is taken, then one not
+    yet taken.
 
     Args:
         model_path: the ``.onnx`` file; its external data file lies beside it.
@@ -150,30 +90,162 @@ def find_weights(
         ModelError: the ONNX file or its external data is missing or truncated.
         MissingExtraError: the onnx package is absent.
     """
-    digests: dict[str, bytes] = {}
-    wanted: set[tuple[int, ...]] = set()
-    for linear, weight in checkpoint_weights:
-        digests[linear] = _digest(weight)
-        wanted.add(weight.shape)
-    needed = set(digests.values())
-    holders: dict[bytes, list[WeightLocation]] = {}
     weights = OnnxWeights(model_path)
-    for name, tensor in weights.tensors.items():
-        places = list(_candidates(name, tuple(tensor.dims), wanted)) if len(tensor.dims) in (2, 3) else []
-        if not places or tensor.data_type != _FLOAT:
-            continue
-        stored = weights.read(name)
-        for place in places:
-            digest = _digest(place.view(stored))
-            if digest in needed:
-                holders.setdefault(digest, []).append(place)
+    quantized = _QuantizedFinder(weights)
+    matrices = {n: t for n, t in weights.tensors.items() if len(t.dims) in (2, 3) and t.data_type in FLOATS.values()}
+    types = sorted({tensor.data_type for tensor in matrices.values()})
+    wanted: dict[tuple[int, str], list[bytes]] = {}
+    found: dict[str, tuple[WeightLocation, ...]] = {}
+    for linear, weight in checkpoint_weights:
+        found[linear] = quantized.places(linear, weight)
+        for data_type in types:
+            wanted[data_type, linear] = _row_hashes(weight.astype(dtype_of(data_type), copy=False))
+    stored = [_Stored.read(weights, name, t) for name in matrices for t in (False, True)]
+    for linear, place in _choose(_whole(wanted, stored)).items():
+        found[linear] = found[linear] or (() if place is None else (place,))
+    for (data_type, linear), rows in wanted.items():
+        found[linear] = found[linear] or _cover(rows, [each for each in stored if each.data_type == data_type])
+    return found
+
+
+def _row_hashes(matrix: NDArray[Any]) -> list[bytes]:
+    """A hash for each row of [..., rows, columns], which counts the columns too.
+
+    Of the bytes, not the values: -0.0 and 0.0 count as different, so equality means recovered bit for bit.
+    """
+    contiguous = np.ascontiguousarray(matrix).reshape(-1, matrix.shape[-1]).view(np.uint8)
+    return [hashlib.blake2b(row.data, digest_size=16).digest() for row in contiguous]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The rows of one initializer, a matrix or a stack of them, read one way round."""
+
+    name: str
+    data_type: int
+    transposed: bool
+    dims: tuple[int, ...]
+    hashes: list[bytes]
+
+    @classmethod
+    def read(cls, weights: OnnxWeights, name: str, transposed: bool) -> Self:
+        values, tensor = weights.read(name), weights.tensors[name]
+        hashes = _row_hashes(values.swapaxes(-1, -2) if transposed else values)
+        return cls(name, tensor.data_type, transposed, tuple(tensor.dims), hashes)
+
+    @property
+    def out(self) -> int:
+        return self.dims[-1] if self.transposed else self.dims[-2]
+
+    def place(self, start: int, count: int) -> WeightLocation | None:
+        """``count`` rows from ``start``, unless they lie across two matrices of the stack."""
+        if len(self.dims) == 3 and count == len(self.hashes):
+            return WeightLocation(self.name, self.transposed)
+        expert, first = divmod(start, self.out)
+        if first + count > self.out:
+            return None
+        rows = None if count == self.out else (first, first + count)
+        return WeightLocation(self.name, self.transposed, expert if len(self.dims) == 3 else None, rows)
+
+
+def _whole(wanted: Mapping[tuple[int, str], list[bytes]], stored: Iterable[_Stored]) -> dict[str, list[WeightLocation]]:
+    """Every place that holds all rows of a linear."""
+    firsts: dict[tuple[int, bytes], list[str]] = {}
+    for (data_type, linear), rows in wanted.items():
+        firsts.setdefault((data_type, rows[0]), []).append(linear)
+    places: dict[str, list[WeightLocation]] = {linear: [] for _, linear in wanted}
+    for each in stored:
+        for start, first in enumerate(each.hashes):
+            for linear in firsts.get((each.data_type, first), ()):
+                rows = wanted[each.data_type, linear]
+                if each.hashes[start : start + len(rows)] == rows:
+                    place = each.place(start, len(rows))
+                    places[linear] += [place] if place else []
+    return places
+
+
+def _cover(rows: list[bytes], stored: Sequence[_Stored]) -> tuple[WeightLocation, ...]:
+    """Pieces that hold the rows of a linear one behind the other, each as long as it can be; () if there are none."""
+    pieces: list[WeightLocation] = []
+    done = 0
+    while done < len(rows) and len(pieces) < _MOST_PIECES:
+        best: tuple[int, WeightLocation | None] = (0, None)
+        for each in stored:
+            for start in (i for i, row in enumerate(each.hashes) if row == rows[done]):
+                end = min(len(rows) - done, each.out - start % each.out)
+                pairs = zip(each.hashes[start : start + end], rows[done : done + end], strict=True)
+                run = next((i for i, (one, other) in enumerate(pairs) if one != other), end)
+                best = max(best, (run, each.place(start, run)), key=lambda pair: pair[0])
+        if best[1] is None:
+            return ()
+        pieces.append(best[1])
+        done += best[0]
+    return tuple(pieces) if done == len(rows) else ()
+
+
+def _choose(places: Mapping[str, list[WeightLocation]]) -> dict[str, WeightLocation | None]:
     taken: set[WeightLocation] = set()
     found: dict[str, WeightLocation | None] = {}
-    for linear, digest in digests.items():
+    for linear, candidates in places.items():
         stem = linear.removesuffix(".weight")
-        places = holders.get(digest, [])
-        by_name = [p for p in places if p.initializer == stem or p.initializer.startswith(stem + ".")]
-        free = [p for p in places if p not in taken]
-        found[linear] = next(iter(by_name or free or places), None)
+        named = [p for p in candidates if p.initializer == stem or p.initializer.startswith(stem + ".")]
+        free = [p for p in candidates if p not in taken]
+        found[linear] = next(iter(named or free or candidates), None)
         taken.update(p for p in [found[linear]] if p is not None)
     return found
+
+
+def _layer(name: str) -> str:
+    """The number of the decoder block in a name, or nothing for what lies outside the blocks."""
+    match = re.search(r"\.(\d+)\.", name)
+    return match[1] if match else ""
+
+
+class _QuantizedFinder:
+    """Looks for weights among the quantised ones of the same decoder block, which are held until the next block."""
+
+    def __init__(self, weights: OnnxWeights) -> None:
+        self._weights = weights
+        self._layer = ""
+        self._opened: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+
+    def places(self, linear: str, weight: NDArray[np.float32]) -> tuple[WeightLocation, ...]:
+        """The pieces that hold the rows of ``weight`` one behind the other; () if there are none."""
+        if weight.ndim != 2:
+            return ()
+        if self._layer != _layer(linear) or not self._opened:
+            self._layer = _layer(linear)
+            names = [name for name in self._weights.quantized if _layer(name) == self._layer]
+            self._opened = {n: (self._weights.dequantized(n), self._weights.scales(n)) for n in names}
+        pieces: list[WeightLocation] = []
+        done = 0
+        while done < len(weight) and len(pieces) < _MOST_PIECES:
+            found = (self._longest(name, weight[done:]) for name in self._opened)
+            run, place = max(found, key=lambda pair: pair[0], default=(0, None))
+            if place is None:
+                return ()
+            pieces.append(place)
+            done += run
+        return tuple(pieces) if done == len(weight) else ()
+
+    def _longest(self, name: str, weight: NDArray[np.float32]) -> tuple[int, WeightLocation | None]:
+        """The longest run of rows of ``weight``, from its first, in the codes of initializer ``name``."""
+        values, scales = self._opened[name]
+        best: tuple[int, WeightLocation | None] = (0, None)
+        if values.shape[1] != weight.shape[1]:
+            return best
+        for start in (int(s) for s in np.flatnonzero(_near(weight[:1], values, scales))):
+            count = min(len(weight), len(values) - start)
+            near = _near(weight[:count], values[start : start + count], scales[start : start + count])
+            run = count if near.all() else int(near.argmin())
+            if run > best[0]:
+                whole = run == len(values)
+                best = run, WeightLocation(name, False, None, None if whole else (start, start + run))
+        return best
+
+
+def _near(weight: NDArray[np.float32], values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Per row, whether every value is within a step of the weight, and zero where the weight is."""
+    near = (np.abs(values - weight) <= _STEPS * scales) & ((weight != 0) | (values == 0))
+    rows: NDArray[np.bool_] = np.all(near, axis=1)
+    return rows
