@@ -368,8 +368,8 @@ def eval_command(
 ) -> None:
     """Measure perplexity of an artifact in the runtime that serves it.
 
-    That is TensorRT for an engine, ONNX Runtime for ONNX, vLLM for a compressed checkpoint where vLLM is installed, else
-    PyTorch.
+    That is TensorRT for an engine, ONNX Runtime for ONNX, vLLM for a compressed checkpoint where vLLM is installed,
+    else PyTorch.
     """
     from sparsify.bench.report import kernels
     from sparsify.console import print_json, print_table

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import transformers
 
 from sparsify import manifest
+from sparsify.decompress import decompress
 from sparsify.errors import ModelError, VerificationError
 from sparsify.exporters.onnx_forms import RUNS, choose
 from sparsify.exporters.onnx_genai import UnsupportedError, export_genai
-from sparsify.exporters.onnx_reader import OnnxWeights
+from sparsify.exporters.onnx_reader import FLOATS, OnnxWeights
 from sparsify.exporters.onnx_twin import write_float32_twin
 from sparsify.exporters.onnx_weights import WeightLocation, find_weights, weight_at
 from sparsify.naming import linear_weights
@@ -303,3 +305,62 @@ def test_sessions_of_both_layouts_agree(made: Make) -> None:
     with OnnxRuntimeSession(made("genai", "fp32")) as genai, OnnxRuntimeSession(made("standard", "fp32")) as standard:
         np.testing.assert_allclose(genai.logits(ids), standard.logits(ids), atol=1e-3)
         np.testing.assert_array_equal(genai.generate(ids, 8), standard.generate(ids, 8))
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("genai", "fp32"), ("standard", "fp16"), ("genai", "bf16")])
+def test_packed_weights_come_back_bit_for_bit(
+    made: Make, checkpoint: Path, tmp_path: Path, layout: str, precision: str
+) -> None:
+    plain, packed = made(layout, precision), tmp_path / "packed"
+    body = export(checkpoint, "onnx", packed, options=Options(layout=layout, precision=precision, compress=True))
+    storage = body["onnx"]["storage"]
+    assert storage["packed"] > 10
+    # A weight of 16 bits at 2:4 costs 9, one of 32 bits 17; some are at 30 %.
+    assert storage["packed_bytes"] < 0.7 * storage["dense_bytes"]
+    assert verify(packed)[1] == []
+    decompress(packed, tmp_path / "dense")
+    assert "storage" not in facts(tmp_path / "dense")["onnx"]
+    assert verify(tmp_path / "dense")[1] == []
+    before, after = OnnxWeights(plain / "model.onnx"), OnnxWeights(tmp_path / "dense/model.onnx")
+    inside = OnnxWeights(packed / "model.onnx")
+    for name, tensor in before.tensors.items():
+        if tensor.data_type in FLOATS.values():
+            stored = before.read(name)
+            for other in (after, inside):
+                assert other.read(name).tobytes() == stored.tobytes(), name
+    if precision != "bf16":
+        ids = np.arange(1, 25, dtype=np.int64).reshape(2, 12)
+        with OnnxRuntimeSession(plain) as one, OnnxRuntimeSession(packed) as other_session:
+            np.testing.assert_array_equal(one.logits(ids), other_session.logits(ids))
+        # Without any code of ours, as somebody else would open it.
+        onnxruntime.InferenceSession(packed / "model.onnx")
+
+
+def test_decompress_refuses_what_is_not_packed(made: Make, checkpoint: Path, tmp_path: Path, cli: Run) -> None:
+    out = tmp_path / "out"
+    refuse(cli("decompress", made("genai", "fp32"), "--out", out), 2, "has dense weights already")
+    refuse(cli("decompress", checkpoint, "--out", out), 2, "kind checkpoint")
+    refuse(cli("decompress", tmp_path, "--out", out), 8, "sparsify.json")
+    export(checkpoint, "onnx", tmp_path / "packed", options=Options(layout="genai", compress=True))
+    done = cli("decompress", tmp_path / "packed", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["bytes"] > json.loads(done.stdout)["packed_bytes"]
+    data = tmp_path / "packed/model.onnx.packed.data"
+    data.write_bytes(data.read_bytes()[:-5000])
+    refuse(cli("decompress", tmp_path / "packed", "--out", tmp_path / "no"), 8, "model.onnx.packed.data")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_graph_that_nothing_here_runs_is_delivered_and_said_to_be_unmeasured(
+    stories: Path, tmp_path: Path, cli: Run
+) -> None:
+    source = random_model(tmp_path / "llama", transformers.LlamaConfig(**SIZES), stories)
+    done = cli(
+        *("prune-and-export", source.folder, "--method", "magnitude", "--target", "onnx", "--precision", "bf16"),
+        *("--eval-windows", 1, "--eval-length", 16, "--out", tmp_path / "out", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    (artifact,) = json.loads(done.stdout)["artifacts"]
+    assert artifact["perplexity"] is None
+    assert artifact["runtime"] == "not run here: the graph is for provider cuda"
+    assert "not run here" in (tmp_path / "out/report.md").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,18 @@ from sparsify.errors import UsageError
 from sparsify.runtimes.session import Session
 
 AUTO = "auto"
-RUNTIMES = (AUTO, "torch", "onnxruntime", "vllm", "vllm-server")
+RUNTIMES = (AUTO, "torch", "onnxruntime", "onnxruntime-genai", "tensorrt", "vllm", "vllm-server")
+# option -> the runtimes that have it; others may be set for any
+_OPTIONS = {
+    "dtype": ("torch", "vllm", "vllm-server"),
+    "kernel": ("vllm", "vllm-server"),
+    "tensor_parallel": ("vllm", "vllm-server"),
+    "python": ("vllm-server",),
+    "provider": ("onnxruntime", "onnxruntime-genai"),
+    "threads": ("onnxruntime", "onnxruntime-genai"),
+    "allow_fallback": ("onnxruntime",),
+    "trust_engine": ("tensorrt",),
+}
 
 
 @dataclass(frozen=True)
@@ -20,13 +31,19 @@ class Runtime:
     """Where to open an artifact, and how.
 
     Attributes:
-        name: one of ``RUNTIMES``. ``auto`` is ONNX Runtime for ONNX; for a compressed checkpoint vLLM where it is
-            installed; else PyTorch.
+        name: one of ``RUNTIMES``. ``auto`` is TensorRT for an engine and ONNX Runtime for ONNX; for a compressed
+            checkpoint vLLM where it is installed; else PyTorch.
         dtype: of weights and arithmetic; None is float32 in PyTorch and bfloat16, which is served, in vLLM.
         kernel: vLLM: what the plugin is asked to run.
         tensor_parallel: vLLM: ranks that share the model.
         python: vllm-server: interpreter of the environment that has vLLM; None is this one.
-        max_length: vLLM: longest sequence in tokens; None is what the model has positions for, up to 2048.
+        max_length: longest sequence in tokens, for vLLM and ONNX Runtime's TensorRT provider, which plan for it; None
+            is what the model has positions for, up to 2048.
+        provider: onnxruntime: ``cpu``, ``cuda``, ``tensorrt`` or ``auto``; onnxruntime-genai: ``cpu`` or ``cuda``. None
+            is ``auto`` in the one and what genai_config.json says in the other.
+        threads: onnxruntime, onnxruntime-genai: threads of one operator; None is one for each core.
+        allow_fallback: onnxruntime: run elsewhere, and report, what the provider cannot run.
+        trust_engine: tensorrt: deserialise an engine that this user did not build.
     """
 
     name: str = AUTO
@@ -35,6 +52,10 @@ class Runtime:
     tensor_parallel: int = 1
     python: str | None = None
     max_length: int | None = None
+    provider: str | None = None
+    threads: int | None = None
+    allow_fallback: bool = False
+    trust_engine: bool = False
 
     def resolve(self, path: Path) -> str:
         """The runtime that opens ``path``.
@@ -44,16 +65,21 @@ class Runtime:
         """
         if self.name not in RUNTIMES:
             raise UsageError(f"runtime {self.name!r} is unknown; choose one of {', '.join(RUNTIMES)}")
-        name = self.name
-        if name == AUTO:
-            name = "onnxruntime" if (path / "model.onnx").exists() else "vllm" if _serves(path) else "torch"
-        if not name.startswith("vllm") and (self.kernel is not None or self.tensor_parallel != 1):
-            raise UsageError(f"runtime {name}: --kernel and --tensor-parallel are for vllm and vllm-server")
-        if self.python is not None and name != "vllm-server":
-            raise UsageError(f"runtime {name}: --python is for vllm-server")
-        if self.dtype is not None and name == "onnxruntime":
-            raise UsageError("runtime onnxruntime: the artifact has its dtype; leave --dtype out")
+        name = self.name if self.name != AUTO else _automatic(path)
+        for field in fields(self):
+            owners = _OPTIONS.get(field.name, (name,))
+            if getattr(self, field.name) != field.default and name not in owners:
+                option = field.name.replace("_", "-")
+                raise UsageError(f"runtime {name}: --{option} is for {' and '.join(owners)}; leave it out")
         return name
+
+
+def _automatic(path: Path) -> str:
+    if (path / "model.engine").exists():
+        return "tensorrt"
+    if (path / "model.onnx").exists():
+        return "onnxruntime"
+    return "vllm" if _serves(path) else "torch"
 
 
 def _serves(path: Path) -> bool:
@@ -79,8 +105,22 @@ def open_session(path: Path, runtime: Runtime | None = None, *, trust_remote_cod
     name = runtime.resolve(path)
     if name == "onnxruntime":
         from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
+        from sparsify.runtimes.onnxruntime_settings import AUTO as ANY
+        from sparsify.runtimes.onnxruntime_settings import OrtSettings
 
-        return OnnxRuntimeSession(path)
+        provider = runtime.provider or ANY
+        settings = OrtSettings(provider, allow_fallback=runtime.allow_fallback, threads=runtime.threads)
+        if runtime.max_length is not None:
+            settings = replace(settings, max_length=runtime.max_length)
+        return OnnxRuntimeSession(path, settings)
+    if name == "onnxruntime-genai":
+        from sparsify.runtimes.genai_session import GenaiSession
+
+        return GenaiSession(path, provider=runtime.provider, threads=runtime.threads)
+    if name == "tensorrt":
+        from sparsify.runtimes.tensorrt_session import TensorRtSession
+
+        return TensorRtSession(path, trust_engine=runtime.trust_engine)
     if name == "torch":
         from sparsify.runtimes.torch_session import TorchSession
 

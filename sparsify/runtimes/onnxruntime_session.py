@@ -1,22 +1,28 @@
-"""An exported decoder in ONNX Runtime: ``model.onnx`` with flat key/value cache tensors."""
+"""An exported decoder in ONNX Runtime: ``model.onnx`` with flat key/value cache tensors, of either layout.
 
-import re
+One code path serves CPU and GPU: inputs and outputs are bound, and the cache stays where it was computed. Graphs of
+layout ``genai`` (com.microsoft's GroupQueryAttention) write each step into one buffer of full length; those of layout
+``standard`` give a new cache each step, which becomes the next step's past.
+"""
+
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.errors import MissingExtraError, ModelError, UsageError
+from sparsify.errors import DataError, MissingExtraError
+from sparsify.memory import return_freed_memory
+from sparsify.runtimes.onnxruntime_cache import Cache, allocate, as_float32, bind
+from sparsify.runtimes.onnxruntime_errors import run_error
+from sparsify.runtimes.onnxruntime_graph import read_graph
+from sparsify.runtimes.onnxruntime_interface import read_interface
+from sparsify.runtimes.onnxruntime_providers import start
+from sparsify.runtimes.onnxruntime_settings import CPU, TENSORRT, OrtSettings
+from sparsify.runtimes.onnxruntime_source import open_source
 from sparsify.runtimes.session import check_count, check_ids, check_mask, positions
-
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-# A weight reaches its product through these without its values being computed with.
-_MOVES = {
-    *("Cast", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand"),
-    *("Gather", "GatherND", "Slice", "Split"),
-}
-_SUFFIX = re.compile(r"(\.weight)?(\.transposed)?$")
 
 
 class OnnxRuntimeSession:
@@ -24,73 +30,49 @@ class OnnxRuntimeSession:
 
     Args:
         path: artifact folder.
-        threads: threads of one operator; None leaves the choice to ONNX Runtime.
-        providers: execution providers in order of preference. Each must be in use afterwards, and work is given to
-            the CPU only when ``CPUExecutionProvider`` is named.
+        settings: where and how it runs.
+
+    Attributes:
+        path: the ONNX file.
+        vocab_size: logits of each token.
+        n_layers: layers with a cache.
+        context: longest sequence in tokens; None where no configuration beside the model says.
+        notices: what runs elsewhere than asked, one line each; only with ``allow_fallback`` can there be any.
 
     Raises:
-        MissingExtraError: onnxruntime is absent.
-        UsageError: a provider is not in this build, or would not start.
-        ModelError: the file is missing, truncated or not a decoder with a key/value cache.
+        MissingExtraError: onnxruntime or onnx is absent, or too old for this provider.
+        UsageError: a setting is out of range; a provider is not in this build, does not start, or leaves operators to
+            the CPU, and no fallback is allowed.
+        ModelError: the file or its external data is missing, truncated, too new, not a decoder with a key/value
+            cache, or another model's than the config.json beside it.
+        OutputError: TensorRT's engine cache cannot be written.
+        SparsifyError: not enough memory.
     """
 
-    def __init__(
-        self, path: Path, *, threads: int | None = None, providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    ) -> None:
+    def __init__(self, path: Path, settings: OrtSettings | None = None) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise MissingExtraError('onnxruntime is missing; pip install "sparsify-toolkit[onnx]"') from error
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads {threads}: want at least 1")
-        absent = [name for name in providers if name not in onnxruntime.get_available_providers()]
-        if absent or not providers:
-            here = ", ".join(onnxruntime.get_available_providers())
-            raise UsageError(f"provider {', '.join(absent) or '(none)'}: this onnxruntime offers {here}")
+        settings = settings or OrtSettings()
+        settings.check()
         self.path = path / "model.onnx"
-        if not self.path.is_file():
-            raise ModelError(f"{self.path}: no such file; export the model first")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # failures come as exceptions; the log would print them a second time
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if "CPUExecutionProvider" not in providers:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        try:
-            self._session: Any = onnxruntime.InferenceSession(self.path, options, providers=list(providers))
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            line = " ".join(str(error).split())[:300]
-            raise ModelError(f"{self.path}: ONNX Runtime cannot load it: {line}") from error
-        self._session.disable_fallback()
-        active = self._session.get_providers()
-        dropped = [name for name in providers if name not in active]
-        if dropped:
-            raise UsageError(
-                f"provider {', '.join(dropped)}: did not start; ONNX Runtime would use {', '.join(active)}"
-            )
-        self.name = f"onnxruntime {' '.join(providers)}"
-        self._read_interface()
-
-    def _read_interface(self) -> None:
-        inputs = {value.name: value for value in self._session.get_inputs()}
-        outputs = {value.name: value for value in self._session.get_outputs()}
-        past = [name for name in inputs if re.fullmatch(r"past_key_values\.\d+\.(key|value)", name)]
-        present = [name.replace("past_key_values", "present") for name in past]
-        absent = {"input_ids", "attention_mask"} - set(inputs) | {"logits", *present} - set(outputs)
-        if absent or not past:
-            raise ModelError(
-                f"{self.path}: not a decoder with a cache: lacks {', '.join(sorted(absent)) or 'the cache'}"
-            )
-        vocab_size = outputs["logits"].shape[-1]
-        cache = {name: (inputs[name].shape[1], inputs[name].shape[3], _TYPES.get(inputs[name].type)) for name in past}
-        if any(isinstance(x, str) or x is None for sizes in cache.values() for x in sizes) or isinstance(
-            vocab_size, str
-        ):
-            raise ModelError(f"{self.path}: vocabulary and cache heads need fixed sizes and float types")
-        self.vocab_size = int(vocab_size)
-        self.n_layers = len(past) // 2
-        self._past, self._present, self._cache = past, present, cache
-        self._takes_positions = "position_ids" in inputs
+        self._graph = read_graph(self.path)
+        started = start(self._graph, open_source(self._graph), settings)
+        return_freed_memory()  # unpacking weights leaves several times their size in the heap
+        self._session: Any = started.session
+        self._providers, self._assigned, self.notices = started.providers, started.assigned, started.notices
+        interface = read_interface(self.path, self._session)
+        self.vocab_size, self.n_layers, self.context = interface.vocab_size, interface.n_layers, interface.context
+        self._tensors, self._takes_positions = interface.cache, interface.takes_positions
+        self._most = 2**31
+        if TENSORRT in self._providers:
+            self._most = settings.max_batch
+            self.context = min(settings.max_length, self.context or settings.max_length)
+        self._device = ("cpu", 0) if self._providers == (CPU,) else ("cuda", settings.device)
+        self._run_options = onnxruntime.RunOptions()
+        self._run_options.log_severity_level = 4
+        self.name = f"onnxruntime {' '.join(self._providers)}"
 
     def __enter__(self) -> Self:
         return self
@@ -98,88 +80,156 @@ class OnnxRuntimeSession:
     def __exit__(self, *exception: object) -> None:
         self._session = None
 
-    def empty_past(self, batch: int) -> list[NDArray[Any]]:
-        """A cache of no tokens: per layer key then value, [batch, heads, 0, dim] in the graph's float type."""
-        return [np.empty((batch, heads, 0, dim), dtype=dtype) for heads, dim, dtype in self._cache.values()]
+    def empty_past(self, batch: int, capacity: int | None = None) -> Cache:
+        """A cache of no tokens for ``batch`` sequences.
 
-    def _feeds(
-        self,
-        ids: NDArray[np.int64],
-        mask: NDArray[np.int64],
-        position_ids: NDArray[np.int64],
-        past: list[NDArray[Any]],
-    ) -> dict[str, NDArray[Any]]:
-        feeds = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past, past, strict=True))}
-        return {**feeds, "position_ids": position_ids} if self._takes_positions else feeds
+        Args:
+            batch: sequences.
+            capacity: tokens it will hold at most; steps of layout ``genai`` then write into one buffer.
+
+        Raises:
+            SparsifyError: not enough memory.
+        """
+        capacity = capacity if self._graph.grouped else None
+        try:
+            values = allocate(self._tensors, batch, capacity, *self._device)
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise run_error(self.path, (batch, capacity or 0), error) from error
+        return Cache(values, batch, 0, capacity)
 
     def run(
         self,
         ids: NDArray[np.int64],
         attention_mask: NDArray[np.int64],
         position_ids: NDArray[np.int64],
-        past: list[NDArray[Any]],
-    ) -> tuple[NDArray[np.float32], list[NDArray[Any]]]:
-        """One step of the graph as it is: (logits [batch, sequence, vocab], present cache).
+        past: Cache,
+    ) -> tuple[NDArray[np.float32], Cache]:
+        """One step of the graph as it is: (logits [batch, sequence, vocab] float32, present cache).
 
         Args:
             ids: [batch, sequence] int64.
             attention_mask: [batch, past + sequence] int64.
             position_ids: [batch, sequence] int64; not used where the graph takes none.
-            past: the cache of ``past`` tokens, as ``empty_past`` or the step before gave it.
+            past: what ``empty_past`` or the step before gave; not to be used again.
 
         Raises:
-            DataError: ids that are no int64 [batch, sequence] or lie outside the vocabulary.
+            DataError: ids or mask of another type or shape than stated, ids outside the vocabulary, more tokens than
+                the model or the cache has room for, or a mask that this graph would compute wrongly: layout ``genai``
+                takes padding only on the right, and none before a cache.
+            ModelError: ONNX Runtime failed.
+            SparsifyError: not enough memory.
         """
         check_ids(ids, self.vocab_size)
-        feeds = self._feeds(ids, attention_mask, position_ids, past)
-        logits, *present = self._session.run(["logits", *self._present], feeds)
-        return logits.astype(np.float32, copy=False), present
+        shape = (past.batch, past.length + ids.shape[1])
+        if ids.shape[0] != past.batch or attention_mask.shape != shape or attention_mask.dtype != np.int64:
+            raise DataError(
+                f"attention mask: want int64 {list(shape)} for ids {list(ids.shape)}, "
+                f"got {attention_mask.dtype} {list(attention_mask.shape)}"
+            )
+        if self._graph.grouped and (np.diff(attention_mask, axis=1) > 0).any():
+            raise DataError(
+                f"attention mask: {self.path} (layout genai) takes padding on the right only; "
+                "move the tokens of each row to the left"
+            )
+        logits, present = self._step(ids, attention_mask, position_ids, past)
+        return logits, present
 
     def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """See ``Session.logits``; the cache is not fetched and the logits are not copied."""
+        """See ``Session.logits``; the cache is not fetched, and in float32 the logits are not copied."""
         check_ids(ids, self.vocab_size)
         mask = check_mask(attention_mask, ids)
-        feeds = self._feeds(ids, mask, positions(mask), self.empty_past(ids.shape[0]))
-        values: NDArray[np.float32] = self._session.run(["logits"], feeds)[0].astype(np.float32, copy=False)
-        return values
+        order = None
+        if self._graph.grouped and (np.diff(mask, axis=1) > 0).any():
+            order = np.argsort(mask == 0, axis=1, kind="stable")
+            ids, mask = np.take_along_axis(ids, order, axis=1), np.take_along_axis(mask, order, axis=1)
+        values, _ = self._step(ids, mask, positions(mask), self.empty_past(ids.shape[0]), keep=False)
+        if order is None:
+            return values
+        placed = np.empty_like(values)
+        np.put_along_axis(placed, order[:, :, None], values, axis=1)
+        return placed
 
     def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """See ``Session.generate``."""
+        """See ``Session.generate``.
+
+        Raises:
+            DataError: as there, or the model has not room for so many tokens.
+        """
         check_ids(ids, self.vocab_size)
         check_count(n)
-        made = np.empty((ids.shape[0], n), dtype=np.int64)
-        step, past = ids, self.empty_past(ids.shape[0])
+        batch, length = ids.shape
+        self._check_room(batch, length + n - 1)
+        made = np.empty((batch, n), dtype=np.int64)
+        past = self.empty_past(batch, length + n)
+        mask = np.ones((batch, length + n), dtype=np.int64)
+        places = positions(mask)
+        start = 0
+        if self._device[0] != "cpu" and length > 1:
+            # The graph gives logits of every token; those of all but the last would cross the bus for nothing.
+            start = length - 1
+            _, past = self._step(ids[:, :start], mask[:, :start], places[:, :start], past, fetch=False)
+        step = ids[:, start:]
         for i in range(n):
-            mask = np.ones((ids.shape[0], ids.shape[1] + i), dtype=np.int64)
-            logits, past = self.run(step, mask, positions(mask)[:, -step.shape[1] :], past)
+            stop = length + i
+            logits, past = self._step(step, mask[:, :stop], places[:, start:stop], past)
             step = logits[:, -1].argmax(axis=-1)[:, None]
-            made[:, i] = step[:, 0]
+            made[:, i], start = step[:, 0], stop
         return made
 
+    def _check_room(self, batch: int, length: int) -> None:
+        if self.context is not None and length > self.context:
+            raise DataError(f"{self.path}: {length} tokens are more than the {self.context} the model takes")
+        if batch > self._most:
+            raise DataError(f"{self.path}: a batch of {batch} is more than the {self._most} its engines take")
+
+    def _step(
+        self,
+        ids: NDArray[np.int64],
+        mask: NDArray[np.int64],
+        position_ids: NDArray[np.int64],
+        past: Cache,
+        *,
+        fetch: bool = True,
+        keep: bool = True,
+    ) -> tuple[NDArray[np.float32], Cache]:
+        """One run: (logits, or nothing without ``fetch``; the cache, or ``past`` without ``keep``)."""
+        length = past.length + ids.shape[1]
+        self._check_room(past.batch, length)
+        if past.capacity is not None and length > past.capacity:
+            raise DataError(f"{self.path}: {length} tokens are more than the cache's {past.capacity}")
+        device, device_id = self._device
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_positions:
+            feeds["position_ids"] = position_ids
+        feeds = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        try:
+            binding = self._session.io_binding()
+            for name, array in feeds.items():
+                binding.bind_cpu_input(name, array)
+            if fetch:
+                binding.bind_output("logits", "cpu")
+            bind(binding, self._tensors, past, keep=keep, device=device, device_id=device_id)
+            self._session.run_with_iobinding(binding, self._run_options)
+            outputs = binding.get_outputs()
+        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+            raise run_error(self.path, (past.batch, length), error) from error
+        logits = as_float32(outputs[0]) if fetch else np.empty((past.batch, 0, self.vocab_size), np.float32)
+        if not keep:
+            return logits, past
+        values = past.values if past.capacity is not None else tuple(outputs[int(fetch) :])
+        return logits, Cache(values, past.batch, length, past.capacity)
+
     def engaged(self) -> dict[str, str]:
-        """``dense`` for each linear whose weight a MatMul or Gemm reads; ``unknown`` where it cannot be seen.
+        """Per linear of the checkpoint what multiplies it, as far as it is known.
 
-        Known from the graph that was loaded: ONNX Runtime has no kernel for the standard MatMul and Gemm that skips
-        zeros. TensorRT providers choose tactics this session cannot see, hence ``unknown``. An operator outside the
-        ONNX standard that takes a weight is reported by domain and name rather than taken for dense. An output layer
-        that shares the embedding's weight goes by the embedding's name.
+        ``dense`` where MatMul or Gemm does: ONNX Runtime has no kernel of these that skips zeros, on CPU or CUDA.
+        Other operators by domain and name (``com.microsoft::MatMulNBits bits=8``). ``unknown (TensorRT EP)`` where
+        TensorRT chose a tactic, which ONNX Runtime does not say. Linears that the graph fuses are listed one by one;
+        an output layer that shares the embedding's weight goes by the name the graph has for it.
         """
-        import onnx
+        return self._graph.engaged(self._assigned, self._providers[0])
 
-        graph = onnx.load(self.path, load_external_data=False).graph
-        carries = {tensor.name: tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
-        # Rows gathered from a matrix are an embedding look-up, not a weight; experts are gathered from 3-D stacks.
-        tables = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 2}
-        report: dict[str, str] = {}
-        kernel = "unknown" if "tensorrt" in self.name.lower() else "dense"
-        for node in graph.node:
-            weights = [carries[name] for name in node.input if name in carries]
-            if node.domain not in ("", "ai.onnx"):
-                report.update(dict.fromkeys(weights, f"{node.domain}::{node.op_type}"))
-            elif node.op_type in ("MatMul", "Gemm"):
-                report.update(dict.fromkeys(weights, kernel))
-            elif node.op_type in _MOVES and node.input[0] in carries:
-                if "Gather" in node.op_type and node.input[0] in tables:
-                    continue
-                carries.update(dict.fromkeys(node.output, carries[node.input[0]]))
-        return {_SUFFIX.sub("", weight): kernel for weight, kernel in report.items()}
+    def options(self) -> dict[str, dict[str, str]]:
+        """Provider -> the options it runs with, as it reports them itself (strings; empty for the CPU)."""
+        given = self._session.get_provider_options()
+        return {name: dict(given.get(name, {})) for name in self._providers}

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class TorchSession:
     """A Hugging Face folder as a Session (see ``sparsify.runtimes.session``).
 
+    Attributes:
+        model: the transformers model; None once the session is closed.
+
     Args:
         path: local folder with config and safetensors.
         dtype: parameters and arithmetic: float32, bfloat16 or float16.
@@ -44,7 +47,7 @@ class TorchSession:
         model = load_model(path, getattr(torch, dtype), trust_remote_code=trust_remote_code)
         self.name = f"torch {device} {dtype}"
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        self._model: Any = model.to(device)
+        self.model: Any = model.to(device)
         self._device = device
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -54,7 +57,7 @@ class TorchSession:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._model = None
+        self.model = None
 
     def _forward(self, ids: NDArray[np.int64], mask: NDArray[np.int64], **options: Any) -> Any:
         import torch
@@ -63,7 +66,7 @@ class TorchSession:
             inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
             if self._takes_positions:
                 inputs["position_ids"] = torch.tensor(positions(mask)[:, -ids.shape[1] :])
-            return self._model(**{key: value.to(self._device) for key, value in inputs.items()}, **options)
+            return self.model(**{key: value.to(self._device) for key, value in inputs.items()}, **options)
 
     def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """See ``Session.logits``; on a CPU in float32 the array is torch's own memory, not a copy."""
@@ -95,7 +98,7 @@ class TorchSession:
         import torch
 
         report: dict[str, str] = {}
-        for name, module in self._model.named_modules():
+        for name, module in self.model.named_modules():
             if isinstance(module, torch.nn.Embedding):
                 continue
             if kernel := getattr(module, "kernel_name", None):
