@@ -1,9 +1,9 @@
 """One model on a CPU in PyTorch, ONNX Runtime and onnxruntime-genai: speed, load time, memory and file sizes.
 
-Speed: one process for each number of threads, in which all engines are loaded and take turns; a round is what can be
-compared. ``prefill`` is a prompt of 512 tokens up to the first token after it; ``decode`` is 64 tokens behind a prompt
-of 128, without that prompt. PyTorch computes the logits of the last token alone, the ONNX graphs those of all tokens.
-Memory and load time: a process of its own for each engine and run, files in the page cache.
+Each sample is a process of its own, engines in turn, files in the page cache: of two models in one process, the one
+that is loaded later is faster, by more than what is to be told apart. A round is what can be compared. ``prefill`` is a
+prompt of 512 tokens up to the first token after it; ``decode`` is 64 tokens behind a prompt of 128, without that
+prompt. PyTorch computes the logits of the last token alone, the ONNX graphs those of all tokens.
 
     export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
     python benchmarks/onnx_cpu.py --checkpoint DIR --standard DIR --genai DIR --out FILE
@@ -93,31 +93,6 @@ def seconds(generate: Generate, ids: NDArray[np.int64], n: int) -> float:
     return time.perf_counter() - started
 
 
-def speed(folders: dict[str, Path], threads: int, rounds: int, spinning: bool) -> list[dict[str, Any]]:
-    """Tokens per second of every engine, in turn; the first round warms up and does not count."""
-    engines = {name: load(name, folder, threads, spinning) for name, folder in folders.items()}
-    long, short = prompts()
-    made = {name: generate(short, DECODE_TOKENS + 1).tolist() for name, generate in engines.items()}
-    samples = []
-    names = list(engines)
-    for i in range(rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            generate = engines[name]
-            prefill_s = seconds(generate, long, 1)
-            decode_s = seconds(generate, short, DECODE_TOKENS + 1) - seconds(generate, short, 1)
-            samples.append(
-                {
-                    "round": i - 1,
-                    "threads": threads,
-                    "engine": name,
-                    "prefill_tokens_per_s": PREFILL_TOKENS / prefill_s,
-                    "decode_tokens_per_s": DECODE_TOKENS / decode_s,
-                    "tokens_as_pytorch": made[name] == made[names[0]],
-                }
-            )
-    return [sample for sample in samples if sample["round"] >= 0]
-
-
 def resident() -> dict[str, int]:
     """Resident bytes of this process: anonymous memory, and pages of files."""
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -125,9 +100,9 @@ def resident() -> dict[str, int]:
     return {"anon_bytes": found["RssAnon"], "file_bytes": found["RssFile"]}
 
 
-def memory(engine: str, folder: Path) -> dict[str, Any]:
-    """Load time and memory of one engine on one thread."""
-    # Imports are loaded before the clock starts, and their memory is told apart.
+def measure(engine: str, folder: Path, threads: int, spinning: bool) -> dict[str, Any]:
+    """One sample of one engine; run in a process of its own."""
+    # Imports are over before the clock starts, and their memory is told apart.
     if engine == PEER:
         import onnxruntime_genai  # noqa: F401
     elif engine.startswith("ours"):
@@ -140,34 +115,38 @@ def memory(engine: str, folder: Path) -> dict[str, Any]:
         import transformers  # noqa: F401
 
         import sparsify.runtimes.torch_session  # noqa: F401
-    before = resident()
+    imports = resident()
     started = time.perf_counter()
-    generate = load(engine, folder, 1, False)
+    generate = load(engine, folder, threads, spinning)
     load_s = time.perf_counter() - started
-    after, load_peak_bytes = resident(), peak_memory_bytes()
+    loaded, load_peak_bytes = resident(), peak_memory_bytes()
     long, short = prompts()
     generate(long, 1)
-    generate(short, 8)
+    tokens = generate(short, 8)
+    prefill_s = min(seconds(generate, long, 1) for _ in range(2))
+    decode_s = seconds(generate, short, DECODE_TOKENS + 1) - seconds(generate, short, 1)
     return {
-        "engine": engine,
         "load_s": load_s,
-        "before": before,
-        "after_load": after,
+        "prefill_tokens_per_s": PREFILL_TOKENS / prefill_s,
+        "decode_tokens_per_s": DECODE_TOKENS / decode_s,
+        "tokens": tokens[0].tolist(),
+        "imports": imports,
+        "loaded": loaded,
         "load_peak_bytes": load_peak_bytes,
-        "after_run": resident(),
         "peak_bytes": peak_memory_bytes(),
     }
 
 
-def child(task: dict[str, Any]) -> Any:
-    """Run ``task`` in a process of its own."""
+def child(engine: str, folder: Path, threads: int, spinning: bool) -> dict[str, Any]:
+    """``measure`` in a process of its own."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         subprocess.run(
-            [sys.executable, __file__, "--child", json.dumps({**task, "answer": answer.name})],
+            [sys.executable, __file__, "--child", engine, str(folder), str(threads), str(int(spinning)), answer.name],
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        return json.load(answer)
+        result: dict[str, Any] = json.load(answer)
+        return result
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -198,8 +177,8 @@ def load_summary(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Load time and memory of one engine; ``imports_bytes`` is what it needs before the model is there."""
     return {
         "load_s": spread([s["load_s"] for s in samples]),
-        "imports_bytes": spread([sum(s["before"].values()) for s in samples]),
-        "loaded_bytes": spread([sum(s["after_load"].values()) for s in samples]),
+        "imports_bytes": spread([sum(s["imports"].values()) for s in samples]),
+        "loaded_bytes": spread([sum(s["loaded"].values()) for s in samples]),
         "load_peak_bytes": spread([s["load_peak_bytes"] for s in samples]),
         "peak_bytes": spread([s["peak_bytes"] for s in samples]),
     }
@@ -212,20 +191,15 @@ def weight_files(folder: Path) -> dict[str, int]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
-        task = json.loads(sys.argv[2])
-        if "engine" in task:
-            result: Any = memory(task["engine"], Path(task["folder"]))
-        else:
-            folders = {name: Path(folder) for name, folder in task["folders"].items()}
-            result = speed(folders, task["threads"], task["rounds"], task["spinning"])
-        Path(task["answer"]).write_text(json.dumps(result), encoding="utf-8")
+        engine, path, threads, spinning, answer = sys.argv[2:]
+        sample = measure(engine, Path(path), int(threads), spinning == "1")
+        Path(answer).write_text(json.dumps(sample), encoding="utf-8")
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     for name, required in (("checkpoint", True), ("standard", True), ("genai", True), ("packed", False)):
         parser.add_argument(f"--{name}", type=Path, required=required)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-spinning", action="store_true", help="idle threads sleep: for cores that others use too")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -236,17 +210,16 @@ def main() -> None:
             with (folder / name).open("rb") as file:
                 while file.read(1 << 24):
                     pass
-    memories = []
-    for i in range(arguments.memory_runs):
-        for engine, folder in folders.items():
-            memories.append({"run": i, **child({"engine": engine, "folder": str(folder)})})
-            print(json.dumps(memories[-1]), flush=True)
-    samples = []
-    for threads in arguments.threads:
-        task = {"threads": threads, "rounds": arguments.rounds, "spinning": not arguments.no_spinning}
-        samples += child({**task, "folders": {name: str(folder) for name, folder in folders.items()}})
+    samples: list[dict[str, Any]] = []
+    for i in range(arguments.rounds):
+        for n in arguments.threads:
+            for engine, folder in folders.items():
+                sample = child(engine, folder, n, not arguments.no_spinning)
+                samples.append({"round": i, "threads": n, "engine": engine, **sample})
+                print(json.dumps(samples[-1]), flush=True)
     summary = summarise(samples)
-    loads = {engine: load_summary([m for m in memories if m["engine"] == engine]) for engine in folders}
+    loads = {engine: load_summary([s for s in samples if s["engine"] == engine]) for engine in folders}
+    first = samples[0]["tokens"]
     record = {
         "benchmark": "onnx_cpu",
         "commit": commit(),
@@ -256,8 +229,8 @@ def main() -> None:
         "files": {option: weight_files(folder) for option, folder in given.items() if folder is not None},
         "speed": summary,
         "load": loads,
+        "same_tokens": all(sample["tokens"] == first for sample in samples),
         "samples": samples,
-        "memory_samples": memories,
     }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, entry in summary.items():

@@ -139,7 +139,7 @@ def prune_and_export(
         "calibration": stamps([text] if text.is_file() else []),
         "versions": manifest.versions("torch", "transformers"),
         "device": device,
-        "options": asdict(options),
+        "options": {**asdict(options), "engine": list(options.engine)},  # as JSON gives it back
     }
     with staging_folder(out, request, overwrite=overwrite, inputs=[source.folder], check=_damage) as staging:
         resumed = staging.state is not None

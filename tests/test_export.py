@@ -150,12 +150,17 @@ def test_onnx_is_verified_linear_by_linear(checkpoint: Path, tmp_path: Path) -> 
     assert verify(tmp_path / "onnx")[1] == []
     hostile = json.loads(json.dumps(body))
     for key, value in (("initializer", []), ("initializer", "nothing"), ("expert", "x"), ("rows", [1]), ("rows", "ab")):
-        hostile["onnx"]["weights"]["model.layers.0.mlp.up_proj"] = {
-            **body["onnx"]["weights"]["model.layers.0.mlp.up_proj"],
-            key: value,
-        }
+        (place,) = body["onnx"]["weights"]["model.layers.0.mlp.up_proj"]
+        hostile["onnx"]["weights"]["model.layers.0.mlp.up_proj"] = [{**place, key: value}]
         manifest.write(tmp_path / "onnx", {k: v for k, v in hostile.items() if k not in ("format", "files")})
         assert verify(tmp_path / "onnx")[1]
+    for value in ([], "nothing", [1], [place, place]):
+        hostile["onnx"]["weights"]["model.layers.0.mlp.up_proj"] = value
+        manifest.write(tmp_path / "onnx", {k: v for k, v in hostile.items() if k not in ("format", "files")})
+        assert verify(tmp_path / "onnx")[1]
+    hostile["onnx"]["weights"]["model.layers.0.mlp.up_proj"] = place  # as earlier versions wrote it
+    manifest.write(tmp_path / "onnx", {k: v for k, v in hostile.items() if k not in ("format", "files")})
+    assert verify(tmp_path / "onnx")[1] == []
     body["onnx"]["weights"].pop("model.layers.0.mlp.up_proj")
     manifest.write(tmp_path / "onnx", {k: v for k, v in body.items() if k not in ("format", "files")})
     assert verify(tmp_path / "onnx")[1] == ["model.layers.0.mlp.up_proj: in the manifest, not in the model"]
