@@ -128,6 +128,8 @@ def prune_and_export(
     check_options(options, targets)
     if len(set(targets)) != len(targets):
         raise UsageError(f"target {', '.join(targets)}: each target can be named once")
+    if "tensorrt" in targets and evaluation.text != "none":
+        _check_profile(options, evaluation)
     # Before hours of pruning: a text that is too short or missing has to be known now.
     windows = None if evaluation.text == "none" else _evaluation_windows(source.folder, evaluation, trust_remote_code)
     text = Path(recipe.calibration.rpartition(":")[0] or recipe.calibration)
@@ -252,12 +254,23 @@ def evaluate(
         }
 
 
+def _check_profile(options: Options, evaluation: Evaluation) -> None:
+    from sparsify.exporters.tensorrt_options import EngineOptions
+
+    prompt = EngineOptions.parse(options.engine).prompt
+    if evaluation.length > prompt:
+        raise UsageError(
+            f"--eval-length {evaluation.length} is more than the engine's prompt={prompt}; make one fit the other"
+        )
+
+
 def _cannot_run(target: str, body: dict[str, Any]) -> str | None:
     """Why this machine cannot run an artifact that it made, or None: such an artifact is delivered unmeasured."""
     if target == "tensorrt":
-        from sparsify.exporters.tensorrt_api import find_gpu
+        import torch
 
-        return None if find_gpu() else "not run here: TensorRT needs a CUDA device"
+        # The session's memory is torch's, so a GPU that torch cannot use does not help.
+        return None if torch.cuda.is_available() else "not run here: TensorRT needs a CUDA device that torch can use"
     if target == "onnx" and "not_run" in (body.get("rounding") or {}):
         import onnxruntime
 

@@ -93,7 +93,7 @@ def test_without_a_gpu_the_engine_is_delivered_unmeasured(model: Path, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["artifacts"]
-    assert row["runtime"] == "not run here: TensorRT needs a CUDA device"
+    assert row["runtime"] == "not run here: TensorRT needs a CUDA device that torch can use"
     assert row["perplexity"] is None
 
 
