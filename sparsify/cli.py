@@ -362,6 +362,16 @@ def eval_command(
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="onnxruntime: let the CPU run what the provider cannot; reported.")
     ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="tensorrt: decode in captured CUDA graphs.")
+    ] = True,
+    weight_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="tensorrt, built with weight-streaming=on: weights that stay on the GPU, as 4GiB.",
+            show_default="as many as there is room for",
+        ),
+    ] = None,
     trust_engine: TrustEngine = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -374,6 +384,7 @@ def eval_command(
     from sparsify.bench.report import kernels
     from sparsify.console import print_json, print_table
     from sparsify.data import load_windows
+    from sparsify.exporters.tensorrt_options import memory_bytes
     from sparsify.pipeline import evaluate
     from sparsify.runtimes import Runtime
     from sparsify.source import resolve
@@ -406,6 +417,8 @@ def eval_command(
                 threads=threads,
                 allow_fallback=allow_fallback,
                 trust_engine=trust_engine,
+                cuda_graphs=cuda_graphs,
+                weight_budget=None if weight_budget is None else memory_bytes("--weight-budget", weight_budget),
             ),
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -245,10 +245,14 @@ def evaluate(
             other = sessions.enter_context(open_session(against, trust_remote_code=trust_remote_code))
             reference, measured, kl = compare(other, session, windows.ids, stride=stride, progress=tick)
         kernels = Counter(session.engaged().values())
+        notices = list(getattr(session, "notices", ()))
+        for text in notices:
+            progress.notice(text)
         return {
             **asdict(measured),
             "runtime": session.name,
             "engaged": dict(sorted(kernels.items())),
+            "notices": notices,
             "reference_perplexity": reference and reference.perplexity,
             "kl_to_reference": kl and asdict(kl),
         }

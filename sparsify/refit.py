@@ -34,14 +34,14 @@ def refit(
         progress: told of the stages.
 
     Raises:
-        UsageError: not such an artifact, no GPU, or an engine that may not be loaded.
+        UsageError: not such an artifact, no GPU (asked before anything is exported), or an engine that may not be
+            loaded.
         VerificationError: artifact or checkpoint are not what their manifests say, or the weights do not fit.
         OutputError: ``out`` cannot be written.
     """
     from sparsify.exporters.onnx_forms import choose
     from sparsify.exporters.tensorrt_engine import ENGINE, TWIN
-    from sparsify.exporters.tensorrt_header import read_header
-    from sparsify.exporters.tensorrt_refit import refit_engine
+    from sparsify.exporters.tensorrt_refit import check_refit, refit_engine
     from sparsify.onnx_target import write_onnx
 
     progress = progress or Silent()
@@ -52,8 +52,7 @@ def refit(
         damage = manifest.damaged_files(folder, described)
         if damage:
             raise VerificationError(f"{folder}: {damage[0]} ({len(damage)} problems); make it again")
-    if not read_header(artifact / ENGINE).refit:
-        raise UsageError(f"{artifact / ENGINE}: was built without --engine refit=on; export it again with it")
+    check_refit(artifact / ENGINE)
     forms = choose("standard", body["onnx"].get("precision"), "tensorrt", body["onnx"].get("opset"))
     with staging_folder(out, {"command": "refit"}, overwrite=overwrite, inputs=[artifact, checkpoint]) as staging:
         progress.stage("refitting", 3)

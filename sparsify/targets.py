@@ -163,6 +163,8 @@ def check_options(options: Options, targets: Sequence[str]) -> None:
 
             choose("standard", options.precision or "fp16", "tensorrt", options.opset)
             load_tensorrt(EngineOptions.parse(options.engine).runtime)
+    if options.compress and options.provider == "tensorrt":
+        raise UsageError("--compress is for ONNX Runtime's own providers; TensorRT reads dense weights, leave it out")
     if options.compress and options.precision in ("int8", "int4"):
         raise UsageError("--compress is for float weights; int8 and int4 are small already, leave one of them out")
 

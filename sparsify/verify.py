@@ -18,7 +18,7 @@ from sparsify.progress import Progress, Silent
 from sparsify.types import Group, parse_pattern
 
 if TYPE_CHECKING:
-    from sparsify.exporters.onnx_weights import WeightLocation
+    from sparsify.exporters.onnx_places import WeightLocation
 
 
 def verify(
@@ -40,7 +40,7 @@ def verify(
         return body, [f"{folder / manifest.NAME}: key onnx is missing; export the artifact again"]
     onnx = body["kind"] in ("onnx", "tensorrt")
     # Rounding to fewer bits adds zeros where weights were tiny, and takes none away.
-    rounded = onnx and body.get("onnx", {}).get("precision") != "fp32"
+    counts = body["onnx"].get("zeros") if onnx else None
     weights = _onnx_linears(folder, body) if onnx else _checkpoint_linears(folder, trust_remote_code)
     rows = {row["name"]: row for row in body["linears"]}
     orders: dict[str, torch.Tensor] = {}
@@ -53,7 +53,7 @@ def verify(
     try:
         for name, weight in weights:
             if name in rows:
-                _compare(rows.pop(name), weight, orders.get(name), problems, rounded)
+                _compare(rows.pop(name), weight, orders.get(name), problems, counts)
                 progress.advance()
     except SparsifyError as error:
         problems.append(str(error))
@@ -79,7 +79,7 @@ def _onnx_linears(folder: Path, body: dict[str, Any]) -> Iterator[tuple[str, tor
             found = [_location(place) for place in (places if isinstance(places, list) else [places])]
             if not found:
                 raise ValueError(name)
-        except (KeyError, TypeError, IndexError, ValueError):
+        except (KeyError, TypeError, IndexError, ValueError, OverflowError):
             raise VerificationError(
                 f"{folder / manifest.NAME}: key onnx.weights of {name} is malformed; export the artifact again"
             ) from None
@@ -87,7 +87,7 @@ def _onnx_linears(folder: Path, body: dict[str, Any]) -> Iterator[tuple[str, tor
 
 
 def _location(place: dict[str, Any]) -> WeightLocation:
-    from sparsify.exporters.onnx_weights import WeightLocation
+    from sparsify.exporters.onnx_places import WeightLocation
 
     rows = place["rows"] and (int(place["rows"][0]), int(place["rows"][1]))
     expert = place["expert"] if place["expert"] is None else int(place["expert"])
@@ -95,15 +95,16 @@ def _location(place: dict[str, Any]) -> WeightLocation:
 
 
 def _compare(
-    row: dict[str, Any], weight: torch.Tensor, order: torch.Tensor | None, problems: list[str], rounded: bool
+    row: dict[str, Any], weight: torch.Tensor, order: torch.Tensor | None, problems: list[str], counts: Any
 ) -> None:
     name = row["name"]
     if list(weight.shape) != row["shape"]:
         problems.append(f"{name}: has shape {list(weight.shape)}, the manifest says {row['shape']}")
         return
     zeros = int((weight == 0).sum())
-    if zeros < row["zeros"] or (zeros > row["zeros"] and not rounded):
-        problems.append(f"{name}: has {zeros} zeros, the manifest says {row['zeros']}")
+    wanted = counts.get(name, row["zeros"]) if isinstance(counts, dict) else row["zeros"]
+    if zeros != wanted or zeros < row["zeros"]:
+        problems.append(f"{name}: has {zeros} zeros, the manifest says {wanted}")
     group: Group | None = "row" if row.get("group") == "row" else None
     try:
         pattern = parse_pattern(row["pattern"], None if ":" in row["pattern"] else group, f"{name}: pattern")

@@ -25,10 +25,13 @@ class Behaviour:
 
     version: str = "11.4.0.106"
     chosen_above: int = 0
+    sparse_profiles: tuple[int, ...] = (0, 1)
     errors: list[str] = field(default_factory=list)
     detailed: bool = True
     report: bool = True
     refit_accepts: bool = True
+    twin_errors: list[str] = field(default_factory=list)
+    takes_sources: bool = True
     builds: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -125,8 +128,7 @@ def make_tensorrt(behaviour: Behaviour) -> Any:
             self._pools[pool.name] = pool_size
 
         def set_tactic_sources(self, tactic_sources: int) -> bool:
-            self._sources = tactic_sources
-            return True
+            return behaviour.takes_sources
 
         def add_optimization_profile(self, profile: Any) -> int:
             self._profiles.append(profile)
@@ -165,8 +167,9 @@ def make_tensorrt(behaviour: Behaviour) -> Any:
                     if not config.progress_monitor.step_complete("Building engine", step):
                         return None
                 config.progress_monitor.phase_finish("Building engine")
-            if behaviour.errors:
-                for message in behaviour.errors:
+            errors = behaviour.errors or ([] if "SPARSE_WEIGHTS" in config.flags else behaviour.twin_errors)
+            if errors:
+                for message in errors:
                     say(severity.ERROR, message)
                 return None
             layers = _layers(network.graph, behaviour, "SPARSE_WEIGHTS" in config.flags)
@@ -199,9 +202,14 @@ def make_tensorrt(behaviour: Behaviour) -> Any:
     class Runtime:
         def __init__(self, logger: Any) -> None:
             self.logger = logger
+            self.engine_host_code_allowed = False
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
-            return ICudaEngine(json.loads(serialized_engine))
+            plan = json.loads(serialized_engine)
+            if "VERSION_COMPATIBLE" in plan["flags"] and not self.engine_host_code_allowed:
+                self.logger.log(severity.ERROR, "host code is not allowed")
+                return None
+            return ICudaEngine(plan)
 
     class Refitter:
         def __init__(self, engine: Any, logger: Any) -> None:
@@ -269,15 +277,17 @@ def _layers(graph: Any, behaviour: Behaviour, allowed: bool) -> list[dict[str, A
             continue
         weight = np.asarray(onnx.numpy_helper.to_array(tensors[node.input[1]]), dtype=np.float32)
         eligible = allowed and _two_four(weight)
-        chosen = eligible and min(weight.shape) > behaviour.chosen_above
-        layer = {"Name": f"{node.name} [profile 1]_myl3_{len(layers)}", "LayerType": "gemm", "Eligible": eligible}
-        layers.append({**layer, "TacticName": SPARSE if chosen else DENSE, "Metadata": f"[ONNX Layer: {node.name}]"})
+        for profile, suffix in enumerate(("", " [profile 1]")):
+            chosen = eligible and min(weight.shape) > behaviour.chosen_above and profile in behaviour.sparse_profiles
+            layer = {"Name": f"{node.name}{suffix}_myl3_{len(layers)}", "LayerType": "gemm", "Eligible": eligible}
+            metadata = f"[ONNX Layer: {node.name}]"
+            layers.append({**layer, "TacticName": SPARSE if chosen else DENSE, "Metadata": metadata, "Node": node.name})
     return layers
 
 
 def _report(layers: list[dict[str, Any]], old: bool) -> list[str]:
-    eligible = [layer["Name"].split(" ")[0] for layer in layers if layer["Eligible"]]
-    chosen = [layer["Name"].split(" ")[0] for layer in layers if layer["TacticName"] == SPARSE]
+    eligible = list(dict.fromkeys(layer["Node"] for layer in layers if layer["Eligible"]))
+    chosen = list(dict.fromkeys(layer["Node"] for layer in layers if layer["TacticName"] == SPARSE))
     if old:
         return [
             f"(Sparsity) Layers eligible for sparse math: {', '.join(eligible)}",

@@ -99,6 +99,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Behaviour:
     for module in (tensorrt_engine, tensorrt_refit):
         monkeypatch.setattr(module, "load_tensorrt", load)
         monkeypatch.setattr(module, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(tensorrt_api, "find_gpu", lambda: GPU)
     return behaviour
 
 

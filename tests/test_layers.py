@@ -32,7 +32,8 @@ RANKS = [
     | {"sparsify.exporters.onnx_weights", "sparsify.exporters.onnx_reader", "sparsify.exporters.onnx_forms"}
     | {f"sparsify.exporters.tensorrt_{part}" for part in ("log", "api", "header", "trust", "options", "evidence")}
     | {f"sparsify.exporters.tensorrt_{part}" for part in ("timing", "layout", "source", "proof", "engine", "refit")}
-    | {"sparsify.exporters.onnx_functions", "sparsify.exporters.onnx_packed"}
+    | {"sparsify.exporters.onnx_functions", "sparsify.exporters.onnx_packed", "sparsify.exporters.onnx_places"}
+    | {"sparsify.exporters.onnx_quantized"}
     | {f"sparsify.exporters.onnx_packed_{part}" for part in ("layout", "codec", "files", "reader", "session")}
     | {"sparsify.exporters.onnx_genai", "sparsify.exporters.onnx_twin", "sparsify.exporters.vllm_compressed"},
     {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.operators", "sparsify.kernels.dispatch"}
@@ -51,6 +52,7 @@ RANKS = [
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("prefill", "decode", "engaged")},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
     | {"sparsify.bench.zeroshot", "sparsify.bench.delivered"},
+    {"sparsify.onnx_packing"},
     {"sparsify.onnx_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
@@ -62,6 +64,7 @@ RANK = {module: rank for rank, modules in enumerate(RANKS) for module in modules
 # Reading an ONNX artifact to verify it needs the exporter's knowledge of where its weights lie.
 ALLOWED = {
     ("sparsify.verify", "sparsify.exporters.onnx_weights"),
+    ("sparsify.verify", "sparsify.exporters.onnx_places"),
     ("sparsify.verify", "sparsify.exporters.onnx_reader"),
 }
 

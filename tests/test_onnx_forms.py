@@ -69,6 +69,7 @@ def test_words_that_mean_nothing(arguments: tuple[str, ...], message: str) -> No
         (Options(require_sparse=True), ["onnx"], "--require-sparse is about target tensorrt"),
         (Options(engine=("batch=1",)), ["onnx"], "--engine is about target tensorrt"),
         (Options(compress=True, precision="int4"), ["onnx"], "--compress is for float weights"),
+        (Options(compress=True, provider="tensorrt"), ["onnx"], "--compress is for ONNX Runtime's own providers"),
         (Options(precision="int8"), ["tensorrt"], "int8 for tensorrt in layout standard does not run"),
         (Options(precision="fp16", provider="cpu", layout="genai"), ["onnx"], "does not run"),
         (Options(engine=("nonsense=1",)), ["tensorrt"], "engine option 'nonsense=1'"),

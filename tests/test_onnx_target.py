@@ -8,22 +8,24 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import transformers
+from safetensors.torch import load_file, save_file
 
 from sparsify import manifest
 from sparsify.decompress import decompress
 from sparsify.errors import ModelError, VerificationError
 from sparsify.exporters.onnx_forms import RUNS, choose
 from sparsify.exporters.onnx_genai import UnsupportedError, export_genai
+from sparsify.exporters.onnx_places import WeightLocation
 from sparsify.exporters.onnx_reader import FLOATS, OnnxWeights
 from sparsify.exporters.onnx_twin import write_float32_twin
-from sparsify.exporters.onnx_weights import WeightLocation, find_weights, weight_at
+from sparsify.exporters.onnx_weights import find_weights, weight_at
 from sparsify.naming import linear_weights
 from sparsify.pipeline import export
 from sparsify.prune import prune
 from sparsify.recipe import Recipe
+from sparsify.runtimes.genai_session import GenaiSession
 from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
 from sparsify.source import Source
 from sparsify.targets import Options
@@ -105,9 +107,11 @@ def test_the_graph_is_the_pruned_model(made: Make, checkpoint: Path, layout: str
     assert (body["onnx"]["layout"], body["onnx"]["precision"]) == (layout, precision)
     assert body["onnx"]["provider"] == RUNS[layout][precision][0]
     assert body["onnx"]["opset"] == OnnxWeights(artifact / "model.onnx").opset >= 22
-    # In float32 arithmetic the graph gives PyTorch's logits to rounding, however few bits its weights have.
-    narrow = layout == "genai" and precision in ("fp16", "bf16")
-    assert body["parity"]["max_abs_diff"] < (0.3 if narrow else 1e-3)
+    # In float32 arithmetic the graph gives PyTorch's logits to rounding, however few bits its weights have; layout
+    # genai holds tables of cosines in 16 bits besides.
+    most = {"fp16": 2e-3, "bf16": 2e-2}.get(precision, 1e-4) if layout == "genai" else 1e-4
+    assert body["parity"]["max_abs_diff"] < most
+    assert (body["parity"]["left_padding"] is None) == (layout == "genai")
     assert body["parity"]["float32_twin"] == (precision != "fp32")
     # Every linear of the model is in it, the dense ones too, and the file alone proves the pattern.
     assert len(body["onnx"]["weights"]) == sum(1 for _ in linear_weights(checkpoint))
@@ -147,7 +151,7 @@ def test_what_the_arithmetic_costs_is_measured_where_it_can_run(
 
 @pytest.mark.parametrize("layout", ["genai", "standard"])
 def test_what_cannot_run_here_is_said(made: Make, layout: str) -> None:
-    assert "cannot run this graph for cuda" in facts(made(layout, "bf16"))["rounding"]["not_run"]
+    assert "no provider here runs this graph for cuda" in facts(made(layout, "bf16"))["rounding"]["not_run"]
 
 
 def test_fp32_needs_no_second_measurement(made: Make) -> None:
@@ -249,7 +253,7 @@ def test_an_unknown_architecture_goes_standard_with_a_notice(
     )
     done = cli("export", pruned, "--target", "onnx", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "olmoe is not an architecture that layout genai knows" in done.stderr
+    assert "layout genai does not know olmoe" in done.stderr
     assert "exporting in layout standard" in done.stderr
     assert facts(tmp_path / "out")["onnx"]["layout"] == "standard"
     refuse(cli("export", pruned, "-t", "onnx", "--layout", "genai", "-o", tmp_path / "no"), 3, "olmoe", "standard")
@@ -265,6 +269,70 @@ def test_packed_checkpoints_export_too(checkpoint: Path, made: Make, tmp_path: P
     export(checkpoint, "vllm", tmp_path / "packed")
     export(tmp_path / "packed", "onnx", tmp_path / "out", options=Options(layout="genai"))
     assert (tmp_path / "out/model.onnx.data").read_bytes() == (made("genai", "fp32") / "model.onnx.data").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_emptied_weights_with_a_wide_scale_are_found(copy: Make, checkpoint: Path, precision: str) -> None:
+    """A scale from the file must not decide how far from the checkpoint its weights may be."""
+    artifact = copy("genai", precision)
+    name = "model.layers.2.mlp.down_proj"
+    (place,) = facts(artifact)["onnx"]["weights"][name]
+    model = onnx.load(artifact / "model.onnx")
+    inside = OnnxWeights(artifact / "model.onnx").quantized[place["initializer"]]
+    for tensor in model.graph.initializer:
+        if tensor.name in (inside.codes, inside.scales):
+            values = onnx.numpy_helper.to_array(tensor).copy()
+            values[:] = 100 if tensor.name == inside.scales else 0x88 if precision == "int4" else 0x80
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    (artifact / "model.onnx.data").unlink(missing_ok=True)
+    onnx.save(model, artifact / "model.onnx")
+    wanted = ((spec.name, w.numpy()) for spec, w in linear_weights(checkpoint))
+    found = find_weights(artifact / "model.onnx", wanted)
+    assert [linear for linear, places in found.items() if not places] == [name]
+    body = {key: value for key, value in facts(artifact).items() if key not in ("format", "files")}
+    manifest.write(artifact, body)
+    assert any(name in problem for problem in verify(artifact)[1])
+
+
+def test_rows_of_zeros_do_not_hide_a_quantised_weight(checkpoint: Path, stories: Path, tmp_path: Path) -> None:
+    source = random_model(tmp_path / "llama", transformers.LlamaConfig(**SIZES), stories)
+    weights = load_file(source.folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][:40] = 0
+    weights["model.layers.2.mlp.up_proj.weight"][:] = 0
+    weights["model.layers.0.self_attn.k_proj.weight"][-10:] = 0
+    weights["model.layers.0.self_attn.v_proj.weight"][:10] = 0
+    save_file(weights, source.folder / "model.safetensors", {"format": "pt"})
+    pruned = prune(source, Recipe("2:4", "magnitude"), tmp_path / "pruned")
+    body = export(pruned, "onnx", tmp_path / "out", options=Options(precision="int8"))
+    assert all(body["onnx"]["weights"].values())
+    assert verify(tmp_path / "out")[1] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"custom_ops_library": "evil.so"},
+        {"enable_profiling": "profile"},
+        {"session_options": "text"},
+        {"config_entries": {"a": "b"}},
+    ],
+)
+def test_genai_config_that_would_do_more_than_run_the_model(
+    copy: Make, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """onnxruntime-genai loads libraries and writes files that this configuration names."""
+    artifact = copy("genai", "fp32")
+    path = artifact / "genai_config.json"
+    config = json.loads(path.read_text())
+    if "session_options" in options:
+        config["model"]["decoder"].update(options)
+    else:
+        config["model"]["decoder"]["session_options"].update(options)
+    path.write_text(json.dumps(config))
+    for kind in (GenaiSession, OnnxRuntimeSession):
+        with pytest.raises(ModelError, match=r"genai_config\.json: key .* is not one that an export writes"):
+            kind(artifact)
+    assert not list(artifact.glob("profile*"))
 
 
 def test_the_builder_fails_in_one_line(checkpoint: Path, tmp_path: Path, cli: Run) -> None:
@@ -315,6 +383,7 @@ def test_packed_weights_come_back_bit_for_bit(
     body = export(checkpoint, "onnx", packed, options=Options(layout=layout, precision=precision, compress=True))
     storage = body["onnx"]["storage"]
     assert storage["packed"] > 10
+    assert storage["folded"] == "equal" if precision != "bf16" else storage["folded"].startswith("not run: ")
     # A weight of 16 bits at 2:4 costs 9, one of 32 bits 17; some are at 30 %.
     assert storage["packed_bytes"] < 0.7 * storage["dense_bytes"]
     assert verify(packed)[1] == []
@@ -332,8 +401,6 @@ def test_packed_weights_come_back_bit_for_bit(
         ids = np.arange(1, 25, dtype=np.int64).reshape(2, 12)
         with OnnxRuntimeSession(plain) as one, OnnxRuntimeSession(packed) as other_session:
             np.testing.assert_array_equal(one.logits(ids), other_session.logits(ids))
-        # Without any code of ours, as somebody else would open it.
-        onnxruntime.InferenceSession(packed / "model.onnx")
 
 
 def test_decompress_refuses_what_is_not_packed(made: Make, checkpoint: Path, tmp_path: Path, cli: Run) -> None:

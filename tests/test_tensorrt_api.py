@@ -45,6 +45,9 @@ VARIABLES = {
     "context": ["IExecutionContext"],
     "refitter": ["Refitter"],
     "layer": ["ILayer", "IAttentionInputLayer"],
+    "attention": ["IAttention"],
+    "inspector": ["EngineInspector"],
+    "parser_error": ["ParserError"],
 }
 # Where such a name, not annotated, stands for an object of ours.
 ELSEWHERE = {("tensorrt_session.py", "engine")}
@@ -53,7 +56,7 @@ OLDER = {"EXPLICIT_BATCH", "FP16", "INT8", "device_memory_size", "create_executi
 OLDER |= {"get_device_memory_size_for_profile", "weight_streaming_budget"}
 ONLY_RTX = {"ComputeCapability", "CURRENT", "num_compute_capabilities", "set_compute_capability"}
 ONLY_RTX |= {"dynamic_shapes_kernel_specialization_strategy", "DynamicShapesKernelSpecializationStrategy"}
-ONLY_RTX |= {"EAGER", "LAZY"}
+ONLY_RTX |= {"EAGER", "LAZY", "REQUIRE_USER_ALLOCATION", "is_stream_capturable"}
 
 
 @dataclass(frozen=True)

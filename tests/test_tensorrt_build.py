@@ -1,13 +1,15 @@
 """Engine builds against a stand-in for TensorRT with a GPU: flags, profiles, twin, proof, refit, timing cache."""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from sparsify.errors import SparsifyError, UsageError, VerificationError
+from sparsify.errors import ModelError, OutputError, SparsifyError, UsageError, VerificationError
 from sparsify.exporters.onnx_standard import export_onnx
 from sparsify.exporters.tensorrt_engine import PROOF, TWIN, build_engine
 from sparsify.exporters.tensorrt_header import check, read_header
@@ -63,13 +65,19 @@ def test_sparse_engine_and_dense_twin(fake: Behaviour, out: Path) -> None:
     assert told.stages == [("Building engine", 2)] * 2
     assert told.steps == 4
     assert built.proof.status == "sparse"
-    kernels = built.proof.engaged()
-    assert sorted(name for name, kernel in kernels.items() if kernel == "dense") == [
+    assert built.proof.reason == "sparse kernels run 6 of 8 linears (6 in prefill, 6 in decode)"
+    assert sorted(row.linear for row in built.proof.linears if not row.sparse) == [
         "model.layers.0.self_attn.k_proj",
         "model.layers.0.self_attn.v_proj",
     ]
-    assert sum(kernel == SPARSE for kernel in kernels.values()) == 6
-    assert read_proof(out / PROOF) == built.proof
+    assert sum(row.kernels == {"prefill": SPARSE, "decode": SPARSE} for row in built.proof.linears) == 6
+    assert built.proof.plans == {
+        name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in ("model.engine", TWIN)
+    }
+    for digest in built.proof.plans.values():
+        assert read_proof(out / PROOF, digest) == built.proof
+    with pytest.raises(ModelError, match="about other engines"):
+        read_proof(out / PROOF, "0" * 64)
     assert {path.name for path in out.iterdir()} == {
         *("model.engine", "model.engine.json", "dense.engine", "dense.engine.json"),
         *("build.log", "dense.log", PROOF),
@@ -174,6 +182,8 @@ def test_refit(fake: Behaviour, out: Path, tmp_path: Path) -> None:
     assert header.source_sha256 != built.header.source_sha256
     assert built.engine.read_bytes() != before
     assert load_plan(built.engine, header)
+    # The proof moves on to the new engine.
+    assert read_proof(out / PROOF, header.plan_sha256).linears == built.proof.linears
     # Weights that are not 2:4 where a sparse kernel runs.
     model = onnx.load(other)
     tensor = next(t for t in model.graph.initializer if "up_proj" in t.name)
@@ -189,6 +199,110 @@ def test_refit(fake: Behaviour, out: Path, tmp_path: Path) -> None:
     build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), twin=False)
     with pytest.raises(UsageError, match="refit=on"):
         refit_engine(built.engine, other)
+
+
+def test_a_proof_without_linears_guards_nothing_less(fake: Behaviour, out: Path) -> None:
+    built = build_engine(exported("fp16"), out, EngineOptions.parse([*SMALL, "refit=on"]), twin=False)
+    value = json.loads((out / PROOF).read_text())
+    before = built.engine.read_bytes()
+    for linears in ([], value["linears"][1:]):
+        (out / PROOF).write_text(json.dumps({**value, "linears": linears}))
+        with pytest.raises(VerificationError, match="is not in both this model and the engine's"):
+            refit_engine(built.engine, exported("fp16"))
+    (out / PROOF).write_text(json.dumps({**value, "plans": {}}))
+    with pytest.raises(ModelError, match="about other engines"):
+        refit_engine(built.engine, exported("fp16"))
+    assert built.engine.read_bytes() == before
+
+
+def test_refit_does_not_make_an_engine_ones_own(fake: Behaviour, out: Path, cache: Path) -> None:
+    built = build_engine(exported("fp16"), out, EngineOptions.parse([*SMALL, "refit=on"]), twin=False)
+    (cache / "engines" / built.header.plan_sha256).unlink()
+    with pytest.raises(UsageError, match="--trust-engine"):
+        refit_engine(built.engine, exported("fp16"))
+    header = refit_engine(built.engine, exported("fp16"), trust_engine=True)
+    assert not was_built_here(header.plan_sha256)
+
+
+def test_refit_is_refused_before_any_work_without_a_gpu(
+    fake: Behaviour, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_engine(exported("fp16"), out, EngineOptions.parse([*SMALL, "refit=on"]), twin=False)
+    monkeypatch.setattr("sparsify.exporters.tensorrt_refit.find_gpu", lambda: None)
+    with pytest.raises(UsageError, match="needs a CUDA device to refit"):
+        refit_engine(built.engine, out / "absent.onnx")
+
+
+def test_an_engine_for_several_versions_is_inspected_and_refitted(fake: Behaviour, out: Path) -> None:
+    options = EngineOptions.parse([*SMALL, "version-compatible=on", "refit=on"])
+    built = build_engine(exported("fp16"), out, options, twin=False)
+    assert all(row.kernels for row in built.proof.linears)
+    assert "no inspection" not in (out / "build.log").read_text()
+    assert refit_engine(built.engine, exported("fp16")).version_compatible
+
+
+def test_sparse_in_one_profile_is_said_to_be_that(fake: Behaviour, out: Path) -> None:
+    fake.sparse_profiles = (1,)
+    built = build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), require_sparse=True, twin=False)
+    assert built.proof.reason == "sparse kernels run 8 of 8 linears (0 in prefill, 8 in decode)"
+    assert {row.why for row in built.proof.linears} == {"sparse in decode, dense in prefill"}
+    assert built.proof.twin == "not asked for"
+
+
+def test_a_twin_that_fails_costs_no_engine(fake: Behaviour, out: Path) -> None:
+    fake.twin_errors = ["Error Code 2: OutOfMemory (Requested size was 17179869184 bytes.)"]
+    told = Told()
+    built = build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), progress=told)
+    assert built.twin is None
+    assert built.proof.twin.startswith("failed (")
+    assert "out of memory" in built.proof.twin
+    assert read_proof(out / PROOF, built.header.plan_sha256) == built.proof
+    assert any("out of memory" in notice and TWIN in notice for notice in told.notices)
+    assert load_plan(built.engine, read_header(built.engine))
+    assert not (out / TWIN).exists()
+
+
+def test_what_cannot_be_written_is_refused_before_the_build(fake: Behaviour, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = EngineOptions.parse([*SMALL, f"timing-cache={tmp_path / 'file' / 'cache'}"])
+    with pytest.raises(OutputError, match="file"):
+        build_engine(exported("fp16"), out, options)
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(OutputError, match="cache"):
+        build_engine(exported("fp16"), out, EngineOptions.parse(SMALL))
+    assert not fake.builds
+
+
+def test_a_timing_cache_that_fails_afterwards_costs_no_engine(
+    fake: Behaviour, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, config: object) -> None:
+        raise OutputError("cache: the disk is full")
+
+    monkeypatch.setattr("sparsify.exporters.tensorrt_timing.TimingCache.update", fail)
+    told = Told()
+    options = EngineOptions.parse([*SMALL, f"timing-cache={tmp_path / 'timings'}"])
+    built = build_engine(exported("fp16"), out, options, twin=False, progress=told)
+    assert load_plan(built.engine, read_header(built.engine))
+    assert "the timing cache was not updated: cache: the disk is full" in told.notices
+
+
+def test_tactic_sources_that_are_refused(fake: Behaviour, out: Path) -> None:
+    fake.takes_sources = False
+    with pytest.raises(UsageError, match="refuses tactic-sources=JIT_CONVOLUTIONS"):
+        build_engine(exported("fp16"), out, EngineOptions(tactic_sources=("JIT_CONVOLUTIONS",)))
+
+
+def test_a_log_that_cannot_be_written_ends_the_build(
+    fake: Behaviour, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, severity: str, message: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparsify.exporters.tensorrt_log.BuildLog.write", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        build_engine(exported("fp16"), out, EngineOptions.parse(SMALL), progress=Told())
+    assert not list(out.glob("*.engine"))
 
 
 def test_timing_cache(fake: Behaviour, out: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import MissingExtraError, ModelError, OutputError, UsageError
-from sparsify.exporters.tensorrt_api import load_tensorrt
+from sparsify.exporters.tensorrt_api import TensorRt, check_gpu, check_opset, load_tensorrt
 from sparsify.exporters.tensorrt_engine import build_engine
-from sparsify.exporters.tensorrt_header import EngineHeader, check, header_path, read_header, verify_plan, write_header
+from sparsify.exporters.tensorrt_header import EngineHeader, check, header_path, read_header, write_header
 from sparsify.exporters.tensorrt_options import EngineOptions
 from sparsify.exporters.tensorrt_trust import load_plan
 from tests.fake_tensorrt import Behaviour
 from tests.tensorrt_models import (
+    GPU,
     SMALL,
     exported,
     play,
@@ -70,6 +72,12 @@ def test_engines_that_do_not_fit(engine: Path) -> None:
     for version in ("12.0.0.0", "11.3.0.0"):
         with pytest.raises(ModelError, match="was built with"):
             check(engine, newer, kind="tensorrt", version=version, compute_capability="9.0")
+    with pytest.raises(ModelError, match="several versions"):
+        check(
+            engine,
+            dataclasses.replace(newer, kind="tensorrt-rtx", version="1.7.1.116"),
+            **{**here, "kind": "tensorrt-rtx", "version": "1.7.1.116"},
+        )
     wide = dataclasses.replace(header, hardware_compatibility="ampere-plus")
     check(engine, wide, kind="tensorrt", version="11.4.0.106", compute_capability="12.0")
     with pytest.raises(ModelError, match="and later"):
@@ -86,9 +94,8 @@ def test_engine_files_that_are_damaged(engine: Path) -> None:
     with pytest.raises(ModelError, match="longer"):
         read_header(engine)
     engine.write_bytes(content[:-1] + b"x")
-    for read in (lambda: verify_plan(engine, read_header(engine)), lambda: load_plan(engine, read_header(engine))):
-        with pytest.raises(ModelError, match="differs"):
-            read()
+    with pytest.raises(ModelError, match="differs"):
+        load_plan(engine, read_header(engine))
     header_path(engine).unlink()
     with pytest.raises(ModelError, match="no header"):
         read_header(engine)
@@ -175,3 +182,53 @@ def test_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(MissingExtraError, match="tensorrt-rtx-cu13-libs"):
         load_tensorrt()
+
+
+def test_a_broken_tensorrt_is_not_replaced_by_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> Any:
+        if name == "tensorrt":
+            raise OSError("libnvinfer.so.11: cannot open shared object file")
+        return SimpleNamespace(__version__="1.7.1.116")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.import_module", load)
+    with pytest.raises(MissingExtraError, match=r"libnvinfer\.so\.11.*runtime=tensorrt-rtx") as caught:
+        load_tensorrt()
+    assert "\n" not in str(caught.value)
+    assert load_tensorrt("tensorrt-rtx").kind == "tensorrt-rtx"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name != "tensorrt" else None)
+    assert load_tensorrt().kind == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "opset", "fits"),
+    [
+        ("tensorrt", "8.6.1", 23, False),
+        ("tensorrt", "10.14.1.48", 23, False),
+        ("tensorrt", "10.14.1.48", 22, True),
+        ("tensorrt", "8.6.1", 18, True),
+        ("tensorrt", "10.15.1.29", 23, True),
+        ("tensorrt", "11.4.0.106", 24, True),
+        ("tensorrt-rtx", "1.7.1.116", 23, True),
+    ],
+)
+def test_opsets_that_a_version_reads(kind: str, version: str, opset: int, fits: bool) -> None:
+    api = TensorRt(SimpleNamespace(__version__=version), kind)
+    if fits:
+        check_opset(api, opset)
+        return
+    with pytest.raises(UsageError, match="--opset 18"):
+        check_opset(api, opset)
+
+
+def test_builds_that_need_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    trt, rtx = (TensorRt(SimpleNamespace(__version__="11.4"), kind) for kind in ("tensorrt", "tensorrt-rtx"))
+    monkeypatch.setattr("sparsify.exporters.tensorrt_api.find_gpu", lambda: None)
+    check_gpu(rtx)
+    with pytest.raises(UsageError, match="refit=on"):
+        check_gpu(rtx, refit=True)
+    with pytest.raises(UsageError, match="runtime=tensorrt-rtx"):
+        check_gpu(trt)
+    monkeypatch.setattr("sparsify.exporters.tensorrt_api.find_gpu", lambda: GPU)
+    for api in (trt, rtx):
+        check_gpu(api, refit=True)

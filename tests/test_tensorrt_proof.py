@@ -57,7 +57,10 @@ def test_logs_of_every_version() -> None:
     assert parse_log(["nothing of the kind"]) == ()
     first, second = logged_layers(LOG_10_LAYERS)
     assert first == EngineLayer("a+b_myl1_2", "sm80_xmma_sparse_gemm", ("a", "b"))
-    assert second == EngineLayer("d [profile 1]_myl3_7", "", ("d",))
+    assert second == EngineLayer("d [profile 1]_myl3_7", "", ("d",), 1)
+    # The first of the list behind the prefix of our own log, and of trtexec's.
+    for prefix in ("    2.000 VERBOSE ", "12345.678 INFO Layers: ", "[08/05/2024-12:06:54] [V] [TRT] "):
+        assert logged_layers([prefix + LOG_10_LAYERS[1]]) == (first,)
 
 
 def test_inspector_of_every_version() -> None:
@@ -69,6 +72,9 @@ def test_inspector_of_every_version() -> None:
             inspected_layers(text)
 
 
+PROFILES = ("prefill", "decode")
+
+
 def _row(node: str, *, eligible: bool = True) -> LinearLayout:
     why = "" if eligible else "not 2:4 along the inputs"
     return LinearLayout(node, "MatMul", f"{node}.weight.transposed", "float16", 512, 512, eligible, eligible, why)
@@ -77,21 +83,29 @@ def _row(node: str, *, eligible: bool = True) -> LinearLayout:
 def test_the_engine_overrules_the_log() -> None:
     rows = [_row("a"), _row("b"), _row("c", eligible=False), _row("d")]
     layers = [EngineLayer("b", DENSE, ("b",)), EngineLayer("d", SPARSE, ("d",))]
-    proof = make_proof(rows, parse_log(LOG_10), layers, sparse_allowed=True)
+    proof = make_proof(rows, parse_log(LOG_10), layers, PROFILES, sparse_allowed=True)
     assert proof.status == "sparse"
     assert [row.sparse for row in proof.linears] == [False, False, False, True]
     why = [row.why for row in proof.linears]
     assert why[0].startswith("a dense kernel was faster")
     assert DENSE in why[1]
-    assert why[2:] == ["not 2:4 along the inputs", ""]
-    assert proof.engaged() == {"a": "unknown", "b": "dense", "c": "dense", "d": SPARSE}
+    assert why[2:] == ["not 2:4 along the inputs", "sparse in prefill"]
+    assert [row.kernels for row in proof.linears] == [{}, {"prefill": DENSE}, {}, {"prefill": SPARSE}]
 
 
 @pytest.mark.parametrize(
     ("log", "layers", "status"),
     [
         (LOG_8, [], "sparse"),
-        (LOG_8_EMPTY, [], "dense"),
+        # Blocks that TensorRT compiles as a whole may be missing from its report.
+        (LOG_8_EMPTY, [], "unknown"),
+        (LOG_8_EMPTY, [EngineLayer("a+b+d", DENSE, ("a", "b", "d"))], "dense"),
+        (["(Sparsity) Found 2 layer(s) eligible to use sparse tactics", LOG_10_COUNTS[1]], [], "unknown"),
+        # Selections that are redone: the last counts, and nothing where they contradict each other.
+        ([*LOG_10, *LOG_10_COUNTS], [], "unknown"),
+        ([*LOG_10_COUNTS, *LOG_10], [], "unknown"),
+        ([*LOG_10, *LOG_10], [], "sparse"),
+        ([*LOG_10, *LOG_10_COUNTS], [EngineLayer("a+b+d", DENSE, ("a", "b", "d"))], "dense"),
         (LOG_10, [], "sparse"),
         (LOG_10_COUNTS, [], "dense"),
         ([*LOG_10_COUNTS[:1], "(Sparsity) Chose 2 layer(s) using sparse tactics"], [], "sparse"),
@@ -104,9 +118,43 @@ def test_the_engine_overrules_the_log() -> None:
 )
 def test_status(log: list[str], layers: list[EngineLayer], status: str) -> None:
     rows = [_row("a"), _row("b"), _row("d")]
-    proof = make_proof(rows, parse_log(log), layers, sparse_allowed=True)
+    proof = make_proof(rows, parse_log(log), layers, PROFILES, sparse_allowed=True)
     assert proof.status == status, proof
-    assert make_proof(rows, parse_log(log), [], sparse_allowed=False).status == "dense"
+    assert make_proof(rows, parse_log(log), [], PROFILES, sparse_allowed=False).status == "dense"
+
+
+def test_profiles_are_told_apart() -> None:
+    text = json.dumps(
+        {
+            "Layers": [
+                {"Name": "a", "TacticName": DENSE},
+                {"Name": "a [profile 1]", "TacticName": SPARSE},
+                {"Name": "b", "TacticName": SPARSE},
+                {"Name": "b_part", "TacticName": DENSE, "Metadata": "[ONNX Layer: b]"},
+                {"Name": "b [profile 1]", "TacticName": SPARSE},
+                {"Name": "d [profile 7]", "TacticName": SPARSE},
+            ]
+        }
+    )
+    proof = make_proof([_row("a"), _row("b"), _row("d")], (), inspected_layers(text), PROFILES, sparse_allowed=True)
+    assert [row.why for row in proof.linears] == [
+        "sparse in decode, dense in prefill",
+        "sparse in prefill and decode",
+        "sparse in profile 7",
+    ]
+    assert proof.reason == "sparse kernels run 3 of 3 linears (1 in prefill, 2 in decode, 1 in profile 7)"
+
+
+def test_a_linear_that_is_not_two_four_is_never_sparse() -> None:
+    rows = [_row("a"), _row("c", eligible=False)]
+    shared = [EngineLayer("a+c", SPARSE, ("a", "c"))]
+    proof = make_proof(rows, parse_log([]), shared, PROFILES, sparse_allowed=True)
+    assert [row.sparse for row in proof.linears] == [True, False]
+    assert proof.linears[1].why == "unknown (kernel is shared); not 2:4 along the inputs"
+    only = make_proof(rows[1:], parse_log([]), shared, PROFILES, sparse_allowed=True)
+    assert only.status == "unknown"
+    picked = ["(Sparsity) Found 1 layer(s) eligible to use sparse tactics: c", "(Sparsity) Chose 1 layer(s): c"]
+    assert not make_proof(rows, parse_log(picked), [], PROFILES, sparse_allowed=True).linears[1].sparse
 
 
 @given(st.binary(max_size=200))
@@ -115,8 +163,8 @@ def test_proofs_that_are_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / PROOF
     path.write_bytes(content)
     with pytest.raises(ModelError) as caught:
-        read_proof(path)
+        read_proof(path, "0" * 64)
     assert "\n" not in str(caught.value)
     path.unlink()
     with pytest.raises(ModelError, match="cannot be read"):
-        read_proof(path)
+        read_proof(path, "0" * 64)

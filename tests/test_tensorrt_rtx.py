@@ -10,10 +10,11 @@ from sparsify.exporters import tensorrt_engine
 from sparsify.exporters.tensorrt_api import load_tensorrt
 from sparsify.exporters.tensorrt_engine import TWIN, build_engine
 from sparsify.exporters.tensorrt_evidence import logged_layers
-from sparsify.exporters.tensorrt_header import read_header, verify_plan
+from sparsify.exporters.tensorrt_header import read_header
 from sparsify.exporters.tensorrt_log import BuildLog
 from sparsify.exporters.tensorrt_options import EngineOptions
 from sparsify.exporters.tensorrt_source import read_source
+from sparsify.exporters.tensorrt_trust import load_plan
 from tests.tensorrt_models import F16, INT8, SMALL, Told, exported, graph, node, two_four
 
 onnx = pytest.importorskip("onnx")
@@ -49,8 +50,8 @@ def test_rtx_parses_and_builds(rtx: str, out: Path, precision: str) -> None:
     assert header.kind == "tensorrt-rtx"
     assert header.precision == {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
     assert set(header.compute_capabilities) >= {"8.0", "8.6", "8.9", "12.0"}
-    verify_plan(built.engine, header)
-    verify_plan(out / TWIN, read_header(out / TWIN))
+    assert load_plan(built.engine, header)
+    assert load_plan(out / TWIN, read_header(out / TWIN))
     assert built.proof.status == "unknown"
     assert "at run time" in built.proof.reason
     logged = logged_layers((out / "build.log").read_text().splitlines())

@@ -80,7 +80,8 @@ def plan(onnx: Path, profiles: list[Bounds], **changes: Any) -> bytes:
         onnx: the graph.
         profiles: input -> (min, opt, max) shape, each.
         changes: ``layers`` (what the inspector says), ``streamable``, ``int32`` (ids and masks as TensorRT 8 has them),
-            ``no_memory`` (message with which the call of that name fails).
+            ``no_memory`` (message with which the call of that name fails), ``host_code`` (an engine for several
+            versions), ``budgets`` (the only weight budgets that are taken), ``capturable``.
     """
     return MAGIC + json.dumps({"onnx": str(onnx), "profiles": profiles, **changes}).encode()
 
@@ -90,12 +91,17 @@ class Runtime:
 
     def __init__(self, logger: ILogger) -> None:
         self.logger = logger
+        self.engine_host_code_allowed = False
 
     def deserialize_cuda_engine(self, serialized: bytes) -> Engine | None:
         if not serialized.startswith(MAGIC):
             self.logger.log(_Severity.ERROR, "IRuntime::deserializeCudaEngine: Error Code 1: Serialization (magic tag)")
             return None
-        return self.kind(json.loads(serialized[len(MAGIC) :]), self.logger)
+        value = json.loads(serialized[len(MAGIC) :])
+        if value.get("host_code") and not self.engine_host_code_allowed:
+            self.logger.log(_Severity.ERROR, "IRuntime::deserializeCudaEngine: host code is not allowed")
+            return None
+        return self.kind(value, self.logger)
 
 
 class _Inspector:
@@ -108,6 +114,8 @@ class _Inspector:
 
 
 class Engine:
+    context: type[Context]
+
     def __init__(self, value: dict[str, Any], logger: ILogger) -> None:
         import onnxruntime
 
@@ -123,7 +131,18 @@ class Engine:
         self.contexts = 0
         self.device_memory_size_v2 = 4096
         self.streamable_weights_size = value.get("streamable", 0)
-        self.weight_streaming_budget_v2 = -1
+        self._budget = self.streamable_weights_size
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        budget: int = self._budget
+        return budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        # As the bindings: TensorRT's answer is dropped.
+        if budget in self.value.get("budgets", [budget]):
+            self._budget = budget
 
     @property
     def num_io_tensors(self) -> int:
@@ -160,7 +179,7 @@ class Engine:
             self.logger.log(_Severity.ERROR, message)
             return None
         self.contexts += 1
-        return Context(self)
+        return self.context(self)
 
     def create_engine_inspector(self) -> _Inspector:
         return _Inspector(self.value.get("layers", []))
@@ -188,7 +207,8 @@ class Context:
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         if not 0 <= profile < len(self.engine.profiles):
-            return self._refuse(f"profile {profile}")
+            self._refuse(f"profile {profile}")
+            raise RuntimeError("Error in set optimization profile async.")
         self.profile = profile
         self.shapes.clear()
         return True
@@ -242,6 +262,9 @@ class Context:
         return array.astype(_TYPES[self.engine.inputs[name].type][1])
 
 
+Engine.context = Context
+
+
 class OldEngine(Engine):
     """As of TensorRT 8: one context at a time in a profile, and memory handed over as an attribute."""
 
@@ -275,7 +298,8 @@ class OldContext:
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         if any(other is not self and other._context.profile == profile for other in self._engine.living):
-            return self._context._refuse(f"Profile {profile} has been chosen by another IExecutionContext")
+            self._context._refuse(f"Profile {profile} has been chosen by another IExecutionContext")
+            raise RuntimeError("Error in set optimization profile async.")
         return self._context.set_optimization_profile_async(profile, stream)
 
 
@@ -289,12 +313,19 @@ class _RuntimeConfig:
         self.strategy = strategy
 
 
+class RtxContext(Context):
+    def is_stream_capturable(self, stream: int) -> bool:
+        capturable: bool = self.engine.value.get("capturable", True)
+        return capturable
+
+
 class RtxEngine(Engine):
     """As of TensorRT-RTX: a context comes with a configuration."""
 
     def __init__(self, value: dict[str, Any], logger: ILogger) -> None:
         super().__init__(value, logger)
         self.specialised: list[str] = []
+        self.context = RtxContext
 
     def create_runtime_config(self) -> _RuntimeConfig:
         return _RuntimeConfig()

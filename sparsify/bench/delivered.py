@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from sparsify.errors import VerificationError
+from sparsify.exporters.onnx_places import WeightLocation
 from sparsify.exporters.onnx_reader import OnnxWeights
-from sparsify.exporters.onnx_weights import WeightLocation, find_weights, weight_at
+from sparsify.exporters.onnx_weights import find_weights, weight_at
 from sparsify.model import load_skeleton, weight_view
 from sparsify.runtimes.torch_session import TorchSession
 
@@ -51,7 +52,8 @@ def open_delivered(
         if not weights.quantized:
             return session
         unused = set(weights.quantized)
-        specs = {spec.name: spec for block in load_skeleton(checkpoint).linears for spec in block}
+        skeleton = load_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+        specs = {spec.name: spec for block in skeleton.linears for spec in block}
         for name, places in locations.items():
             if places[0].initializer in weights.quantized:
                 spec = specs[name]

@@ -4,8 +4,10 @@ The builder runs as a process of its own: importing it puts modules of common na
 as it goes. It is given a dense checkpoint and told to run none of its code unless the user allows it.
 """
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ _BUILDER = "onnxruntime_genai.models.builder"
 _UNSUPPORTED = "NotImplementedError"
 # What GroupQueryAttention asks of the size of a head.
 _HEAD_MULTIPLE = 16
+_PR_SET_PDEATHSIG = 1
 
 
 class UnsupportedError(ModelError):
@@ -95,6 +98,7 @@ def _build(source: Path, built: Path, form: Form, folder: Path, trust_remote_cod
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,
+            preexec_fn=_die_with_parent,
         )
         log.seek(0)
         lines = [line.strip() for line in log if line.strip()]
@@ -102,7 +106,15 @@ def _build(source: Path, built: Path, form: Form, folder: Path, trust_remote_cod
         return
     shutil.rmtree(built, ignore_errors=True)
     kind = read_config(source).get("model_type", "this model")
-    if any(_UNSUPPORTED in line for line in lines[-3:]):
-        raise UnsupportedError(f"{source}: {kind} is not an architecture that layout genai knows; take standard")
     reason = (lines or [f"exit code {done.returncode}"])[-1][:300]
-    raise ModelError(f"{source}: the model builder of onnxruntime-genai failed on {kind}: {reason}")
+    if _UNSUPPORTED in reason:
+        raise UnsupportedError(f"{source}: layout genai does not know {kind} ({reason}); take --layout standard")
+    raise ModelError(
+        f"{source}: the model builder of onnxruntime-genai failed on {kind}: {reason}; mend that, or take "
+        "--layout standard"
+    )
+
+
+def _die_with_parent() -> None:
+    """The builder holds a whole model: whatever ends this process ends it too."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

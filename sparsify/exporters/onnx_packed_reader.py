@@ -157,6 +157,10 @@ class PackedWeights:
                         f"{self.path}: initializer {part} {found}, want type {data_type}, {list(shape)}; "
                         "export the model again"
                     )
+            # Before the graph is rebuilt from the record: a shape that nothing fills must not cost memory.
+            sizes = (layout.packed_bytes - layout.places_bytes, layout.places_bytes)
+            for part, size in zip((values, places), sizes, strict=True):
+                self._stored(part, size)
 
     def _check_graph(self) -> None:
         opset = opset_of(self._model)
@@ -178,12 +182,16 @@ class PackedWeights:
                     f"{self.path}: its unpacking {what} are not those that this version writes; export the model again"
                 )
 
-    def _part(self, name: str, part: str, expected_bytes: int, expected_crc: int) -> NDArray[np.uint8]:
+    def _stored(self, part: str, expected_bytes: int) -> NDArray[np.uint8]:
         data = raw_bytes(self.path, self._tensors[part])
         if data.nbytes != expected_bytes:
             raise ModelError(
                 f"{self.path}: initializer {part} has {data.nbytes} bytes, not {expected_bytes}; export the model again"
             )
+        return data
+
+    def _part(self, name: str, part: str, expected_bytes: int, expected_crc: int) -> NDArray[np.uint8]:
+        data = self._stored(part, expected_bytes)
         if checksum(data, name, self.layouts[name]) != expected_crc:
             raise ModelError(f"{self.path}: initializer {part} differs from its checksum; export the model again")
         return data

@@ -5,6 +5,7 @@ weights they stand for.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class OnnxWeights:
             model = onnx.load(model_path, load_external_data=False)
         except Exception as error:  # protobuf's error type differs between its implementations
             raise ModelError(f"{model_path}: missing, truncated or not an ONNX file: {error}") from error
+        self._last: tuple[str, NDArray[Any]] | None = None
         self._packed: PackedWeights | None = None
         if is_packed(model):
             self._packed = PackedWeights(model_path)
@@ -111,7 +113,7 @@ class OnnxWeights:
         if name not in self.tensors:
             raise ModelError(f"{self.path}: has no initializer {name!r}")
         if self._packed is not None and name in self._packed.layouts:
-            return self._packed.read(name)
+            return self._remembered(name, self._packed.read)
         tensor = self.tensors[name]
         if tensor.data_type not in (*FLOATS.values(), UINT8):
             raise ModelError(
@@ -143,6 +145,16 @@ class OnnxWeights:
         Raises:
             ModelError: codes, scales or zero points are missing or of another size than the node says.
         """
+        return self._remembered(name, self._dequantize)
+
+    def _remembered(self, name: str, make: Callable[[str], NDArray[Any]]) -> NDArray[Any]:
+        """What ``make`` gives for ``name``: experts of one stack are asked for one by one, and it is made once."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = (name, make(name))
+        return self._last[1]
+
+    def _dequantize(self, name: str) -> NDArray[np.float32]:
         q = self.quantized[name]
         out, inner = q.shape
         blocks = math.ceil(inner / q.block_size)
@@ -157,13 +169,6 @@ class OnnxWeights:
         centred *= self._sized(q.scales, out * blocks).astype(np.float32).reshape(out, blocks, 1)
         values: NDArray[np.float32] = centred.reshape(out, blocks * q.block_size)[:, :inner]
         return values
-
-    def scales(self, name: str) -> NDArray[np.float32]:
-        """The scale of each weight [out, in] of the codes in initializer ``name``, without its sign."""
-        q = self.quantized[name]
-        blocks = math.ceil(q.shape[1] / q.block_size)
-        scales = np.abs(self._sized(q.scales, q.shape[0] * blocks).astype(np.float32).reshape(q.shape[0], blocks))
-        return np.repeat(scales, q.block_size, axis=1)[:, : q.shape[1]]
 
     def _sized(self, name: str, size: int) -> NDArray[Any]:
         values = self.read(name)

@@ -2,12 +2,10 @@
 
 Exporters store most linear weights transposed ([in, out]), fuse some with their neighbours (query, key and value) and
 split others (gate from up), and give constants names of their own, so a name is a hint and the bits decide. Quantised
-weights have other bits: they are found by lying within one step of the checkpoint's, with every removed weight exactly
-zero.
+weights have other bits: ``onnx_quantized`` finds them.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,37 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import ModelError
+from sparsify.exporters.onnx_places import MOST_PIECES, WeightLocation
+from sparsify.exporters.onnx_quantized import QuantizedFinder
 from sparsify.exporters.onnx_reader import FLOATS, OnnxWeights, dtype_of
-
-# Symmetric rounding moves a weight by half a step, and clips the extreme of the wrong sign by a whole one. Weights and
-# scales that go through float16 are each off by up to 128 x 2^-11 of a step more.
-_STEPS = 1.15
-# Query, key and value of their own, gate and up: three at most are known.
-_MOST_PIECES = 8
-
-
-@dataclass(frozen=True)
-class WeightLocation:
-    """One linear's weight, or some rows of it, inside an ONNX file.
-
-    Attributes:
-        initializer: name of the ONNX initializer.
-        transposed: whether it is stored [in, out] instead of [out, in] (last two axes).
-        expert: index along the first axis, for the per-expert weight of a fused [experts, ...] initializer.
-        rows: (start, stop) of the output features, for a linear fused with others along them.
-    """
-
-    initializer: str
-    transposed: bool
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-
-    def view(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """These rows of the weight ([rows, in], or [experts, out, in] for a fused one) as a view of the initializer."""
-        weight = stored if self.expert is None else stored[self.expert]
-        if self.transposed:
-            weight = weight.swapaxes(-1, -2)
-        return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
 
 def weight_at(weights: OnnxWeights, places: Sequence[WeightLocation]) -> NDArray[Any]:
@@ -76,9 +46,9 @@ def find_weights(
     """Where each linear's weight lies in the ONNX file: its pieces in the order of its rows, mostly one; () if nowhere.
 
     A float weight is found where the graph holds the checkpoint's, cast to the graph's dtype, bit for bit; a quantised
-    one where every value is within a step of the checkpoint's and every zero exactly zero. Both sides are read once,
-    one tensor at a time (pass a generator; quantised weights one decoder block at a time), floats compared row by row
-    by hash. Where several places hold the same bits, the one that carries the linear's name is taken, then one not
+    one where every value is within a step of the checkpoint's and every zero exactly zero. Both sides are read one
+    tensor at a time (pass a generator; quantised weights one decoder block at a time), floats compared row by row by
+    hash. Where several places hold the same bits, the one that carries the linear's name is taken, then one not
     yet taken.
 
     Args:
@@ -91,8 +61,12 @@ def find_weights(
         MissingExtraError: the onnx package is absent.
     """
     weights = OnnxWeights(model_path)
-    quantized = _QuantizedFinder(weights)
-    matrices = {n: t for n, t in weights.tensors.items() if len(t.dims) in (2, 3) and t.data_type in FLOATS.values()}
+    quantized = QuantizedFinder(weights)
+    matrices = {
+        name: tensor
+        for name, tensor in weights.tensors.items()
+        if len(tensor.dims) in (2, 3) and min(tensor.dims) > 0 and tensor.data_type in FLOATS.values()
+    }
     types = sorted({tensor.data_type for tensor in matrices.values()})
     wanted: dict[tuple[int, str], list[bytes]] = {}
     found: dict[str, tuple[WeightLocation, ...]] = {}
@@ -139,7 +113,7 @@ class _Stored:
 
     def place(self, start: int, count: int) -> WeightLocation | None:
         """``count`` rows from ``start``, unless they lie across two matrices of the stack."""
-        if len(self.dims) == 3 and count == len(self.hashes):
+        if len(self.dims) == 3 and count == len(self.hashes) > self.out:
             return WeightLocation(self.name, self.transposed)
         expert, first = divmod(start, self.out)
         if first + count > self.out:
@@ -168,7 +142,7 @@ def _cover(rows: list[bytes], stored: Sequence[_Stored]) -> tuple[WeightLocation
     """Pieces that hold the rows of a linear one behind the other, each as long as it can be; () if there are none."""
     pieces: list[WeightLocation] = []
     done = 0
-    while done < len(rows) and len(pieces) < _MOST_PIECES:
+    while done < len(rows) and len(pieces) < MOST_PIECES:
         best: tuple[int, WeightLocation | None] = (0, None)
         for each in stored:
             for start in (i for i, row in enumerate(each.hashes) if row == rows[done]):
@@ -193,59 +167,3 @@ def _choose(places: Mapping[str, list[WeightLocation]]) -> dict[str, WeightLocat
         found[linear] = next(iter(named or free or candidates), None)
         taken.update(p for p in [found[linear]] if p is not None)
     return found
-
-
-def _layer(name: str) -> str:
-    """The number of the decoder block in a name, or nothing for what lies outside the blocks."""
-    match = re.search(r"\.(\d+)\.", name)
-    return match[1] if match else ""
-
-
-class _QuantizedFinder:
-    """Looks for weights among the quantised ones of the same decoder block, which are held until the next block."""
-
-    def __init__(self, weights: OnnxWeights) -> None:
-        self._weights = weights
-        self._layer = ""
-        self._opened: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-
-    def places(self, linear: str, weight: NDArray[np.float32]) -> tuple[WeightLocation, ...]:
-        """The pieces that hold the rows of ``weight`` one behind the other; () if there are none."""
-        if weight.ndim != 2:
-            return ()
-        if self._layer != _layer(linear) or not self._opened:
-            self._layer = _layer(linear)
-            names = [name for name in self._weights.quantized if _layer(name) == self._layer]
-            self._opened = {n: (self._weights.dequantized(n), self._weights.scales(n)) for n in names}
-        pieces: list[WeightLocation] = []
-        done = 0
-        while done < len(weight) and len(pieces) < _MOST_PIECES:
-            found = (self._longest(name, weight[done:]) for name in self._opened)
-            run, place = max(found, key=lambda pair: pair[0], default=(0, None))
-            if place is None:
-                return ()
-            pieces.append(place)
-            done += run
-        return tuple(pieces) if done == len(weight) else ()
-
-    def _longest(self, name: str, weight: NDArray[np.float32]) -> tuple[int, WeightLocation | None]:
-        """The longest run of rows of ``weight``, from its first, in the codes of initializer ``name``."""
-        values, scales = self._opened[name]
-        best: tuple[int, WeightLocation | None] = (0, None)
-        if values.shape[1] != weight.shape[1]:
-            return best
-        for start in (int(s) for s in np.flatnonzero(_near(weight[:1], values, scales))):
-            count = min(len(weight), len(values) - start)
-            near = _near(weight[:count], values[start : start + count], scales[start : start + count])
-            run = count if near.all() else int(near.argmin())
-            if run > best[0]:
-                whole = run == len(values)
-                best = run, WeightLocation(name, False, None, None if whole else (start, start + run))
-        return best
-
-
-def _near(weight: NDArray[np.float32], values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Per row, whether every value is within a step of the weight, and zero where the weight is."""
-    near = (np.abs(values - weight) <= _STEPS * scales) & ((weight != 0) | (values == 0))
-    rows: NDArray[np.bool_] = np.all(near, axis=1)
-    return rows

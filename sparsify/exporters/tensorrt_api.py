@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import MissingExtraError, ModelError, UsageError
-from sparsify.exporters.tensorrt_log import BuildLog, Monitor, failure
+from sparsify.exporters.tensorrt_log import BuildLog, failure, listening, native_logger, native_monitor
 from sparsify.progress import Progress
 
 # The kinds of TensorRT, the modules that hold one (first found wins), and how to get it.
@@ -25,6 +25,9 @@ INSTALL = {
     "tensorrt-rtx": "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
 }
 OLDEST = (8, 6)
+# The version that reads what opset 23 brought, and that opset.
+_FUSED, _FUSED_OPSET = (10, 15), 23
+_WITHOUT_GPU = "TensorRT-RTX builds without (--engine runtime=tensorrt-rtx)"
 # What TensorRT-RTX builds for without a GPU: the architectures of its own default.
 _TARGETS = ("8.0", "8.6", "8.9", "12.0")
 
@@ -91,16 +94,7 @@ class TensorRt:
 
     def logger(self, log: BuildLog) -> Any:
         """An ``ILogger`` that writes every message to ``log``; keep it alive as long as what was made with it."""
-        base: Any = self.module.ILogger
-
-        class Logger(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                log.write(severity.name, message)
-
-        return Logger()
+        return native_logger(self.module.ILogger, log)
 
     def builder(self, logger: Any, log: BuildLog) -> Any:
         """A ``Builder``.
@@ -108,14 +102,18 @@ class TensorRt:
         Raises:
             UsageError: it cannot be made; TensorRT needs a GPU for it, TensorRT-RTX does not.
         """
+        return self._make("Builder", logger, log)
+
+    def _make(self, what: str, logger: Any, log: BuildLog) -> Any:
+        why = "it is null"
         try:
-            builder = self.module.Builder(logger)
+            made = getattr(self.module, what)(logger)
         except Exception as error:  # pybind's TypeError for a null pointer, or RuntimeError, by version
-            remedy = "a CUDA device and a driver that fits are needed to build"
-            raise UsageError(f"{self.label}: no builder: {log.last_error()} ({error}); {remedy}") from error
-        if builder is None:
-            raise UsageError(f"{self.label}: no builder: {log.last_error()}")
-        return builder
+            made, why = None, str(error)
+        if made is None:
+            remedy = "a CUDA device and a driver that fits are needed"
+            raise UsageError(f"{self.label}: no {what.lower()}: {log.last_error()} ({why}); {remedy}")
+        return made
 
     def network(self, builder: Any) -> Any:
         """An empty network: strongly typed where the version can, else with an explicit batch."""
@@ -181,17 +179,18 @@ class TensorRt:
                 raise UsageError(f"{self.label} cannot build for compute capability {capability}; choose of {choices}")
         return tuple(capabilities)
 
-    def set_tactic_sources(self, config: Any, names: Iterable[str]) -> None:
+    def set_tactic_sources(self, config: Any, names: Sequence[str]) -> None:
         """Choose kernels from these libraries only, as JIT_CONVOLUTIONS.
 
         Raises:
-            UsageError: this version has no such library.
+            UsageError: this version has no such library, or refuses the choice.
         """
         sources = self.module.TacticSource.__members__
         for name in names:
             if name not in sources:
                 raise UsageError(f"{self.label} has no tactic source {name}; choose of {', '.join(sources)}")
-        config.set_tactic_sources(sum(1 << int(sources[name]) for name in names))
+        if not config.set_tactic_sources(sum(1 << int(sources[name]) for name in names)):
+            raise UsageError(f"{self.label} refuses tactic-sources={','.join(names)}; leave it out")
 
     def allow_decomposition(self, network: Any) -> None:
         """Let attention run as ordinary kernels where no fused one fits: without this such a build fails."""
@@ -201,46 +200,35 @@ class TensorRt:
             if layer.type == kind:
                 # The bindings hand out the base class; this is their own way to the derived one.
                 layer.__class__ = self.module.IAttentionInputLayer
-                layer.attention.decomposable = True
+                attention = layer.attention
+                attention.decomposable = True
 
-    def monitor(self, config: Any, progress: Progress) -> Monitor | None:
-        """Report the build to ``progress`` and let an exception in it, Ctrl-C too, cancel the build; None on 8.x."""
+    def monitor(self, config: Any, log: BuildLog, progress: Progress) -> Any:
+        """Report the build to ``progress`` and let a reason in ``log`` cancel it; nothing of the kind on 8.x.
+
+        Keep what is returned alive during the build: the configuration holds no reference.
+        """
         base: Any = getattr(self.module, "IProgressMonitor", None)
         if base is None:
             return None
-        state = Monitor(progress)
+        native = native_monitor(base, log, progress)
+        config.progress_monitor = native
+        return native
 
-        class ProgressMonitor(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-                state.start(phase_name, parent_phase, num_steps)
-
-            def step_complete(self, phase_name: str, step: int) -> bool:
-                return state.step(phase_name)
-
-            def phase_finish(self, phase_name: str) -> None:
-                pass
-
-        state.native = ProgressMonitor()
-        config.progress_monitor = state.native
-        return state
-
-    def runtime(self, logger: Any, log: BuildLog) -> Any:
+    def runtime(self, logger: Any, log: BuildLog, *, host_code: bool) -> Any:
         """A ``Runtime``.
+
+        Args:
+            logger: of ``log``.
+            log: what TensorRT said.
+            host_code: allow engines that hold code for the CPU, as those for several versions do; only for bytes that
+                are trusted.
 
         Raises:
             UsageError: it cannot be made, as without a GPU.
         """
-        try:
-            runtime = self.module.Runtime(logger)
-        except Exception as error:  # as for the builder
-            raise UsageError(
-                f"{self.label}: no runtime: {log.last_error()} ({error}); a CUDA device is needed"
-            ) from error
-        if runtime is None:
-            raise UsageError(f"{self.label}: no runtime: {log.last_error()}")
+        runtime = self._make("Runtime", logger, log)
+        runtime.engine_host_code_allowed = host_code
         return runtime
 
     def deserialize(self, runtime: Any, plan: Any, path: Path, log: BuildLog) -> Any:
@@ -250,21 +238,19 @@ class TensorRt:
             ModelError: TensorRT refuses the bytes.
             SparsifyError: not enough GPU memory.
         """
-        engine = runtime.deserialize_cuda_engine(plan)
+        with listening(log):
+            engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise failure(log, f"{path}: {self.label} refuses the engine", ModelError)
         return engine
 
     def inspect(self, engine: Any) -> str:
         """What the engine consists of, as TensorRT's own JSON text."""
-        return str(engine.create_engine_inspector().get_engine_information(self.module.LayerInformationFormat.JSON))
+        inspector = engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self.module.LayerInformationFormat.JSON))
 
-    def device_memory_bytes(self, engine: Any, profile: int | None = None) -> int:
-        """Activation memory of an execution context in bytes: the largest over all profiles, or one profile's."""
-        if profile is not None:
-            for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
-                if hasattr(engine, name):
-                    return int(getattr(engine, name)(profile))
+    def device_memory_bytes(self, engine: Any) -> int:
+        """Activation memory of an execution context in bytes, the largest over all profiles."""
         return int(
             engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
         )
@@ -287,6 +273,8 @@ def version_tuple(version: str) -> tuple[int, ...]:
 def load_tensorrt(kind: str | None = None) -> TensorRt:
     """The installed TensorRT of ``kind`` (``tensorrt`` or ``tensorrt-rtx``), or whichever is found, in this order.
 
+    One that is installed and cannot be loaded is an error, not a reason to take the other kind.
+
     Raises:
         UsageError: no such kind, or a version before 8.6.
         MissingExtraError: not installed, or its libraries cannot be loaded.
@@ -294,8 +282,8 @@ def load_tensorrt(kind: str | None = None) -> TensorRt:
     if kind is not None and kind not in MODULES:
         raise UsageError(f"TensorRT kind {kind!r}: choose one of {', '.join(MODULES)}")
     kinds = list(MODULES) if kind is None else [kind]
-    broken: list[str] = []
     for candidate in kinds:
+        broken: list[str] = []
         for name in MODULES[candidate]:
             if importlib.util.find_spec(name) is None:
                 continue
@@ -307,5 +295,34 @@ def load_tensorrt(kind: str | None = None) -> TensorRt:
             if candidate == "tensorrt" and found.version_tuple < OLDEST:
                 raise UsageError(f"{found.label} is too old; 8.6 or newer is needed: {INSTALL[candidate]}")
             return found
-    reason = "; ".join(broken) or f"{' and '.join(kinds)} not found"
-    raise MissingExtraError(f"{reason}; run: {' or '.join(INSTALL[candidate] for candidate in kinds)}")
+        if broken:
+            others = [f"choose --engine runtime={other}" for other in kinds if other != candidate]
+            remedy = " or ".join([f"run: {INSTALL[candidate]}", *others])
+            raise MissingExtraError(f"{'; '.join(broken)}; {remedy}")
+    install = " or ".join(INSTALL[candidate] for candidate in kinds)
+    raise MissingExtraError(f"{' and '.join(kinds)} not found; run: {install}")
+
+
+def check_opset(api: TensorRt, opset: int) -> None:
+    """Refuse an opset of the export that this TensorRT does not read; asked before the hours of work.
+
+    Raises:
+        UsageError: with the opset to take instead.
+    """
+    if api.kind == "tensorrt" and opset >= _FUSED_OPSET and api.version_tuple < _FUSED:
+        raise UsageError(
+            f"{api.label} does not read opset {opset}, whose Attention came in 10.14, RMSNormalization and "
+            "RotaryEmbedding in 10.15; pass --opset 18 or install a newer TensorRT"
+        )
+
+
+def check_gpu(api: TensorRt, *, refit: bool = False) -> None:
+    """Refuse a build, with ``refit=on`` or without, that this machine cannot do; asked before the hours of work.
+
+    Raises:
+        UsageError: it needs a CUDA device and there is none.
+    """
+    if find_gpu() is not None or (api.kind == "tensorrt-rtx" and not refit):
+        return
+    what = "for refit=on" if api.kind == "tensorrt-rtx" else f"to build; {_WITHOUT_GPU}"
+    raise UsageError(f"{api.label}: no CUDA device, and it needs one {what}")

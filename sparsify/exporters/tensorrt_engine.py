@@ -2,7 +2,8 @@
 
 Into the output folder go ``model.engine`` and ``dense.engine`` with their headers, the complete logs of TensorRT
 (``build.log``, ``dense.log``) and ``tensorrt.json``, the proof. Every file appears whole or not at all; the logs grow
-while the build runs, and stay when it fails.
+while the build runs, and stay when it fails. What can be lost after minutes of building is little: folders are tried
+before, the engine is written first of all, and a twin that fails is recorded and costs no engine.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 from sparsify.errors import ModelError, OutputError, SparsifyError, UsageError, VerificationError
 from sparsify.exporters.tensorrt_api import Gpu, TensorRt, find_gpu, load_tensorrt
 from sparsify.exporters.tensorrt_evidence import EngineLayer, inspected_layers, logged_layers, parse_log
-from sparsify.exporters.tensorrt_header import EngineHeader, write_header
+from sparsify.exporters.tensorrt_header import EngineHeader, Profile, header_path, write_header
 from sparsify.exporters.tensorrt_layout import summary
-from sparsify.exporters.tensorrt_log import BuildLog, failure
+from sparsify.exporters.tensorrt_log import BuildLog, failure, listening
 from sparsify.exporters.tensorrt_options import EngineOptions, profiles
 from sparsify.exporters.tensorrt_proof import Proof, make_proof
 from sparsify.exporters.tensorrt_source import Source, read_source
 from sparsify.exporters.tensorrt_timing import TimingCache
-from sparsify.exporters.tensorrt_trust import remember
+from sparsify.exporters.tensorrt_trust import open_registry, remember
 from sparsify.files import write_atomic, write_json, writing
 from sparsify.progress import Progress, Silent
 
@@ -41,7 +42,7 @@ class EngineBuild:
         engine: the engine file.
         header: its header.
         proof: where it uses sparse kernels.
-        twin: the dense engine of the same ONNX file; None where none was asked for.
+        twin: the dense engine of the same ONNX file; None where ``proof.twin`` says why there is none.
     """
 
     engine: Path
@@ -73,7 +74,7 @@ def build_engine(
         UsageError: options that this TensorRT cannot fulfil, or no GPU to build on.
         MissingExtraError: TensorRT or onnx is not installed.
         ModelError: the ONNX file cannot be used.
-        OutputError: ``out`` is not a folder or cannot be written.
+        OutputError: ``out`` is not a folder, or it, the record of engines or the timing cache cannot be written.
         VerificationError: ``require_sparse`` is not fulfilled.
         SparsifyError: TensorRT gave up, as for want of memory.
     """
@@ -89,86 +90,104 @@ def build_engine(
     progress.notice(f"{onnx_path.name}: {summary(source.layout)}")
     if require_sparse and not any(row.eligible for row in source.layout):
         raise VerificationError(f"{onnx_path}: --require-sparse: {summary(source.layout)}")
+    open_registry()
     header, proof = _build(api, source, out / ENGINE, options, progress)
     if require_sparse and proof.status != "sparse":
         (out / ENGINE).unlink()
+        header_path(out / ENGINE).unlink()
         raise VerificationError(f"{onnx_path}: --require-sparse: {proof.reason}")
-    write_header(out / ENGINE, header)
-    made_twin = twin and options.sparse
-    if made_twin:
-        dense, _ = _build(api, source, out / TWIN, replace(options, sparse=False), progress)
-        write_header(out / TWIN, dense)
-    write_json(out / PROOF, {**proof.to_json(), "engine": ENGINE, "twin": TWIN if made_twin else None})
     progress.notice(f"{ENGINE}: {proof.status}: {proof.reason}")
-    return EngineBuild(out / ENGINE, header, proof, out / TWIN if made_twin else None)
+    proof = replace(proof, plans={ENGINE: header.plan_sha256}, twin="not asked for")
+    write_json(out / PROOF, proof.to_json())
+    if twin and options.sparse:
+        try:
+            dense, _ = _build(api, source, out / TWIN, replace(options, sparse=False), progress)
+            proof = replace(proof, plans={**proof.plans, TWIN: dense.plan_sha256}, twin="")
+        except SparsifyError as error:
+            proof = replace(proof, twin=f"failed ({error})")
+            for leftover in (out / TWIN, header_path(out / TWIN)):
+                leftover.unlink(missing_ok=True)
+            progress.notice(f"{TWIN}: {proof.twin}; there is nothing to compare {ENGINE} with")
+        write_json(out / PROOF, proof.to_json())
+    return EngineBuild(out / ENGINE, header, proof, out / TWIN if TWIN in proof.plans else None)
 
 
 def _build(
     api: TensorRt, source: Source, engine: Path, options: EngineOptions, progress: Progress
 ) -> tuple[EngineHeader, Proof]:
-    """One engine: the plan is written, remembered as ours, and described; its header is the caller's to write."""
+    """One engine: written with its header, remembered as ours, and its kernels looked at."""
     log_path = engine.with_name(LOG if engine.name == ENGINE else TWIN_LOG)
     gpu = find_gpu()
     start = time.monotonic()
     with writing(log_path), log_path.open("w", encoding="utf-8") as file:
         log = BuildLog(file)
-        logger = api.logger(log)
-        builder = api.builder(logger, log)
-        network = parse(api, builder, logger, source)
-        config = builder.create_builder_config()
-        capabilities = _configure(api, config, source, options, gpu)
-        inputs = [network.get_input(index) for index in range(network.num_inputs)]
-        shapes = profiles({tensor.name: tuple(tensor.shape) for tensor in inputs}, options, source.path)
-        for wanted in shapes:
-            profile = builder.create_optimization_profile()
-            for name, (low, best, high) in wanted.shapes.items():
-                profile.set_shape(name, low, best, high)
-            if config.add_optimization_profile(profile) < 0:
-                raise failure(log, f"{source.path}: {wanted.name} profile", UsageError)
-        cache = _timing_cache(api, options, gpu)
+        with listening(log):
+            logger = api.logger(log)
+            builder = api.builder(logger, log)
+            network = parse(api, builder, logger, source)
+            config = builder.create_builder_config()
+            capabilities = _configure(api, config, source, options, gpu)
+            shapes = _add_profiles(builder, network, config, options, source, log)
+            cache = _timing_cache(api, options, gpu)
+            if cache is not None:
+                cache.attach(config)
+            monitor = api.monitor(config, log, progress)
+            plan = builder.build_serialized_network(network, config)
+            del monitor
+            if plan is None:
+                raise failure(log, f"{source.path}: {api.label} cannot build an engine")
+        view = memoryview(plan)
+        header = EngineHeader(
+            kind=api.kind,
+            version=api.version,
+            gpu=gpu.name if gpu else "",
+            compute_capabilities=capabilities,
+            hardware_compatibility=options.hardware,
+            version_compatible=options.version_compatible,
+            sparse=options.sparse,
+            precision=source.precision,
+            refit=options.refit,
+            weight_streaming=options.weight_streaming,
+            profiles=shapes,
+            source_sha256=source.sha256,
+            plan_bytes=view.nbytes,
+            plan_sha256=hashlib.sha256(view).hexdigest(),
+            options=options.to_json(),
+        )
+        write_atomic(engine, lambda temporary: temporary.write_bytes(view))
+        write_header(engine, header)
+        remember(header.plan_sha256)
+        progress.notice(f"{engine.name}: {view.nbytes} bytes in {time.monotonic() - start:.1f} s")
         if cache is not None:
-            cache.attach(config)
-        monitor = api.monitor(config, progress)
-        plan = builder.build_serialized_network(network, config)
-        if monitor is not None and monitor.error is not None:
-            raise monitor.error
-        if plan is None:
-            raise failure(log, f"{source.path}: {api.label} cannot build an engine")
-        if cache is not None:
-            cache.update(config)
-        layers = _inspect(api, plan, logger, log, gpu)
-    view = memoryview(plan)
-    write_atomic(engine, lambda temporary: temporary.write_bytes(view))
-    digest = hashlib.sha256(view).hexdigest()
-    remember(digest)
-    progress.notice(f"{engine.name}: {view.nbytes} bytes in {time.monotonic() - start:.1f} s")
-    header = EngineHeader(
-        kind=api.kind,
-        version=api.version,
-        gpu=gpu.name if gpu else "",
-        compute_capabilities=capabilities,
-        hardware_compatibility=options.hardware,
-        version_compatible=options.version_compatible,
-        sparse=options.sparse,
-        precision=source.precision,
-        refit=options.refit,
-        weight_streaming=options.weight_streaming,
-        profiles=shapes,
-        source_sha256=source.sha256,
-        plan_bytes=view.nbytes,
-        plan_sha256=digest,
-        options=options.to_json(),
-    )
+            try:
+                cache.update(config)
+            except SparsifyError as error:
+                progress.notice(f"the timing cache was not updated: {error}")
+        layers = _inspect(api, plan, logger, log, gpu, options)
     with log_path.open(encoding="utf-8") as written:
         lines = written.readlines()
-    proof = make_proof(
+    return header, make_proof(
         source.layout,
         parse_log(lines),
         layers or logged_layers(lines),
+        [profile.name for profile in shapes],
         sparse_allowed=options.sparse,
         chosen_later="" if api.chooses_tactics_at_build else _LATER,
     )
-    return header, proof
+
+
+def _add_profiles(
+    builder: Any, network: Any, config: Any, options: EngineOptions, source: Source, log: BuildLog
+) -> tuple[Profile, ...]:
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    shapes = profiles({tensor.name: tuple(tensor.shape) for tensor in inputs}, options, source.path)
+    for wanted in shapes:
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in wanted.shapes.items():
+            profile.set_shape(name, low, best, high)
+        if config.add_optimization_profile(profile) < 0:
+            raise failure(log, f"{source.path}: {wanted.name} profile", UsageError)
+    return shapes
 
 
 def parse(api: TensorRt, builder: Any, logger: Any, source: Source) -> Any:
@@ -190,11 +209,11 @@ def describe(errors: Sequence[Any]) -> str:
     """The first of a parser's errors in one line, with its node where the version tells."""
     if not errors:
         return "the parser gave no reason"
-    error = errors[0]
-    text = " ".join(str(error.desc()).split())[:300]
-    if not hasattr(error, "node_operator") or not error.node_operator():
+    parser_error = errors[0]
+    text = " ".join(str(parser_error.desc()).split())[:300]
+    if not hasattr(parser_error, "node_operator") or not parser_error.node_operator():
         return text
-    return f"node {error.node_name()} ({error.node_operator()}): {text}"
+    return f"node {parser_error.node_name()} ({parser_error.node_operator()}): {text}"
 
 
 def _configure(api: TensorRt, config: Any, source: Source, options: EngineOptions, gpu: Gpu | None) -> tuple[str, ...]:
@@ -215,6 +234,11 @@ def _configure(api: TensorRt, config: Any, source: Source, options: EngineOption
                 f"{source.path}: {api.label} has no bfloat16; export with fp16 or use TensorRT 10 or newer"
             )
         flags += ["FP16"] * (source.precision == "float16") + ["INT8"] * source.quantized
+    if api.kind == "tensorrt-rtx":
+        if options.version_compatible:
+            raise UsageError(f"{api.label} has no engines for several versions; leave version-compatible= out")
+        # Without it no CUDA graph can be captured; versions that lack the flag need none.
+        flags += ["REQUIRE_USER_ALLOCATION"] * api.has_flag("REQUIRE_USER_ALLOCATION")
     api.set_flags(config, flags)
     api.set_detailed(config)
     if options.workspace_bytes is not None:
@@ -238,12 +262,14 @@ def _timing_cache(api: TensorRt, options: EngineOptions, gpu: Gpu | None) -> Tim
     return TimingCache(options.timing_cache, api, gpu)
 
 
-def _inspect(api: TensorRt, plan: Any, logger: Any, log: BuildLog, gpu: Gpu | None) -> tuple[EngineLayer, ...]:
+def _inspect(
+    api: TensorRt, plan: Any, logger: Any, log: BuildLog, gpu: Gpu | None, options: EngineOptions
+) -> tuple[EngineLayer, ...]:
     """The layers of the finished engine; none where it cannot be loaded here, and the log then says why."""
     if gpu is None or not api.chooses_tactics_at_build:
         return ()
     try:
-        runtime = api.runtime(logger, log)
+        runtime = api.runtime(logger, log, host_code=options.version_compatible)
         engine = api.deserialize(runtime, plan, Path(ENGINE), log)
         return inspected_layers(api.inspect(engine))
     except (SparsifyError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _ELIGIBLE = re.compile(
@@ -17,19 +17,29 @@ _CHOSEN = re.compile(
 # Placeholders for kernels that are generated or chosen later, on the device.
 _NO_TACTIC = re.compile(r"^(0x0*|__myelin_CASK_STUB|__myl_.*)?$")
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_LOGGED_LAYER = re.compile(r"^(?:\S+ +VERBOSE +|.*\[TRT\] )?Name: (.*?), LayerType: ([^,]*),")
+# The first of a list stands behind the prefix of our own log or of trtexec's.
+_LOGGED_LAYER = re.compile(r"^(?: *\d+\.\d+ [A-Z_]+ |.*\[TRT\] )?(?:Layers: *)?Name: (.*?), LayerType: [^,]*,")
 _LOGGED_TACTIC = re.compile(r", TacticName: ([^,]*),")
-_PROFILE = re.compile(r" \[profile \d+\]")
+_PROFILE = re.compile(r" \[profile (\d{1,4})\]")
+_SPARSE_TACTIC = re.compile(r"sparse|sptensor", re.IGNORECASE)
 _FUSION = re.compile(r"_myl\d+_\d+$")
 
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One layer of a finished engine: its name, tactic (empty where unknown) and the ONNX nodes it computes."""
+    """One layer of a finished engine.
+
+    Attributes:
+        name: as TensorRT has it.
+        tactic: the kernel that runs it; empty where unknown.
+        nodes: the ONNX nodes it computes.
+        profile: number of the optimisation profile that it belongs to.
+    """
 
     name: str
     tactic: str
     nodes: tuple[str, ...]
+    profile: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,30 @@ def inspected_layers(text: str) -> tuple[EngineLayer, ...]:
 
 def _layer(name: str, tactic: str, metadata: str) -> EngineLayer:
     nodes = tuple(_ONNX_LAYER.findall(metadata)) or onnx_nodes(name)
-    return EngineLayer(name, "" if _NO_TACTIC.match(tactic) else tactic, nodes)
+    profile = _PROFILE.search(name)
+    return EngineLayer(name, "" if _NO_TACTIC.match(tactic) else tactic, nodes, int(profile[1]) if profile else 0)
+
+
+def is_sparse(tactic: str) -> bool:
+    """Whether a kernel is a sparse one, by its name."""
+    return _SPARSE_TACTIC.search(tactic) is not None
+
+
+def kernels_of(layers: Iterable[EngineLayer], profiles: Sequence[str]) -> dict[str, dict[str, str]]:
+    """ONNX node -> profile -> the kernel that runs it there, the sparse one where it is split among several.
+
+    Args:
+        layers: of an engine.
+        profiles: names of its profiles, in order; one beyond them goes by its number.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for layer in layers:
+        profile = profiles[layer.profile] if layer.profile < len(profiles) else f"profile {layer.profile}"
+        for node in layer.nodes if layer.tactic else ():
+            kernels = found.setdefault(node, {})
+            if profile not in kernels or is_sparse(layer.tactic):
+                kernels[profile] = layer.tactic
+    return found
 
 
 def onnx_nodes(name: str) -> tuple[str, ...]:

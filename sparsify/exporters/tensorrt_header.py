@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsify.errors import ModelError
 from sparsify.exporters.tensorrt_api import version_tuple
-from sparsify.files import read_json, sha256_file, write_json
+from sparsify.files import read_json, write_json
 
 FORMAT = "sparsify-engine/1"
 HARDWARE = ("none", "ampere-plus", "same-compute-capability")
@@ -84,7 +84,7 @@ def write_header(engine: Path, header: EngineHeader) -> None:
 
 
 def read_header(engine: Path) -> EngineHeader:
-    """The header of an engine file; the engine's length is compared, its hash is not (``verify_plan`` does that).
+    """The header of an engine file; the engine's length is compared, its hash is not (``load_plan`` does that).
 
     Raises:
         ModelError: no engine, no header, a malformed one, or one that belongs to a file of another length.
@@ -180,16 +180,6 @@ def _parse(value: Any) -> EngineHeader:
     )
 
 
-def verify_plan(engine: Path, header: EngineHeader) -> None:
-    """Compare the engine file with the SHA-256 in its header; reads the whole file.
-
-    Raises:
-        ModelError: it differs.
-    """
-    if sha256_file(engine) != header.plan_sha256:
-        raise ModelError(f"{engine}: differs from what its header describes; build it again")
-
-
 def check(
     engine: Path,
     header: EngineHeader,
@@ -215,6 +205,8 @@ def check(
     remedy = "build it again here"
     if header.kind != kind:
         raise ModelError(f"{engine}: is an engine for {header.kind}, this is {kind}; {remedy}")
+    if kind == "tensorrt-rtx" and header.version_compatible:
+        raise ModelError(f"{engine}: claims to run on several versions, which {kind} does not have; {remedy}")
     built, here = version_tuple(header.version), version_tuple(version)
     newer_minor = header.version_compatible and built[:1] == here[:1] and built <= here
     if built != here and not newer_minor:

@@ -13,7 +13,8 @@ from sparsify.exporters.tensorrt_api import MODULES
 from sparsify.exporters.tensorrt_header import HARDWARE, Profile
 
 _UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-_PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
+# Names of the cache's inputs.
+PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class EngineOptions:
             raise UsageError(f"engine option hardware={self.hardware}: choose one of {', '.join(HARDWARE)}")
         if self.runtime not in (None, *MODULES):
             raise UsageError(f"engine option runtime={self.runtime}: choose one of {', '.join(MODULES)}")
+        if self.runtime == "tensorrt-rtx" and self.version_compatible:
+            raise UsageError("engine option version-compatible=on: TensorRT-RTX has no such engines; leave it out")
 
     @classmethod
     def parse(cls, entries: Iterable[str]) -> EngineOptions:
@@ -134,6 +137,18 @@ def _capabilities(text: str) -> tuple[str, ...]:
     return names
 
 
+def memory_bytes(option: str, text: str) -> int:
+    """Bytes of a size such as ``4GiB``, given for ``option``.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return _size(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: {error}") from None
+
+
 _PARSERS: dict[str, tuple[str, Any]] = {
     "runtime": ("runtime", str),
     "sparse": ("sparse", _switch),
@@ -177,7 +192,7 @@ def profiles(inputs: Mapping[str, tuple[int, ...]], options: EngineOptions, sour
             return (batch, sequence)
         if name == "attention_mask" and len(declared) == 2:
             return (batch, sequence + past)
-        if _PAST.fullmatch(name) and len(declared) == 4 and min(declared[1], declared[3]) > 0:
+        if PAST.fullmatch(name) and len(declared) == 4 and min(declared[1], declared[3]) > 0:
             return (batch, declared[1], past, declared[3])
         raise ModelError(
             f"{source}: input {name} {list(declared)} is not one of a decoder with a key/value cache; "

@@ -1,26 +1,27 @@
 """Proof of sparse kernels: what TensorRT's build log and engine inspector say of every linear layer.
 
-Sources, in the order in which they are believed: the tactic names of the finished engine (inspector), then the report
-at the end of tactic selection in the build log. An engine is called sparse only where one of them names a sparse
-kernel. The log is worded as by 8.x (``Layers eligible for sparse math``) or by 10 and later (``Found N layer(s)``).
+Sources, in the order in which they are believed: the tactic names of the finished engine (inspector), then the last
+report of tactic selection in the build log. A linear is called sparse only where one of them names a sparse kernel for
+it and its weight is one that a sparse kernel can take. The log is worded as by 8.x (``Layers eligible for sparse
+math``) or by 10 and later (``Found N layer(s)``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import ModelError
-from sparsify.exporters.tensorrt_evidence import EngineLayer, SparsityReport, onnx_nodes
+from sparsify.exporters.tensorrt_evidence import EngineLayer, SparsityReport, is_sparse, kernels_of, onnx_nodes
 from sparsify.exporters.tensorrt_layout import LinearLayout
 from sparsify.files import read_json
 
 FORMAT = "sparsify-tensorrt-proof/1"
 STATUSES = ("sparse", "dense", "unknown")
-_SPARSE_TACTIC = re.compile(r"sparse|sptensor", re.IGNORECASE)
+SHARED = "unknown (kernel is shared)"
+_CONTRADICTION = "the build log's selections contradict each other and the engine names no kernel"
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,15 @@ class LinearProof:
         linear: its name in the checkpoint where the initializer carries it.
         node: name of the ONNX node.
         eligible: whether the graph allows a sparse kernel.
-        kernel: tactic that runs it, the sparse one where profiles differ; empty where TensorRT names none.
-        sparse: whether that is a sparse kernel.
-        why: why it is not, in one phrase.
+        kernels: profile -> tactic that runs it there, where TensorRT names one.
+        sparse: whether a sparse kernel runs it, in one profile at least.
+        why: where it is sparse, or why it is not, in one phrase.
     """
 
     linear: str
     node: str
     eligible: bool
-    kernel: str
+    kernels: Mapping[str, str]
     sparse: bool
     why: str
 
@@ -51,28 +52,34 @@ class Proof:
     Attributes:
         status: ``sparse``, ``dense``, or ``unknown`` where TensorRT does not tell.
         reason: what the status rests on, in one line.
-        reports: of the build log, one for each tactic selection.
+        reports: of the build log, one for each tactic selection; the last one counts.
         linears: every layer with a weight, in the order of the graph.
+        plans: engine file -> SHA-256 of the engines that this is about: the one it proves, and its twin.
+        twin: what became of the dense twin, where there is none: ``not asked for`` or ``failed (WHY)``.
     """
 
     status: str
     reason: str
     reports: tuple[SparsityReport, ...]
     linears: tuple[LinearProof, ...]
-
-    def engaged(self) -> dict[str, str]:
-        """Per linear the sparse kernel, ``dense``, or ``unknown`` where the engine does not name its kernel."""
-        return {row.linear: _engaged(row, self.status) for row in self.linears}
+    plans: Mapping[str, str] = field(default_factory=dict)
+    twin: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; ``read_proof`` reads them."""
         return {"format": FORMAT, **asdict(self)}
 
 
-def _engaged(row: LinearProof, status: str) -> str:
-    if row.sparse:
-        return row.kernel or "sparse"
-    return "dense" if row.kernel or not row.eligible or status == "dense" else "unknown"
+def sparse_in(kernels: Mapping[str, str]) -> str:
+    """``sparse in PROFILE`` with all the profiles whose kernel is sparse, and ``dense in`` the others; empty for none.
+
+    Args:
+        kernels: profile -> tactic.
+    """
+    sparse = [profile for profile, tactic in kernels.items() if is_sparse(tactic)]
+    dense = [profile for profile in kernels if profile not in sparse]
+    parts = [f"{what} in {' and '.join(names)}" for what, names in (("sparse", sparse), ("dense", dense)) if names]
+    return ", ".join(parts) if sparse else ""
 
 
 def linear_name(initializer: str) -> str:
@@ -84,6 +91,7 @@ def make_proof(
     layout: Sequence[LinearLayout],
     reports: tuple[SparsityReport, ...],
     layers: Sequence[EngineLayer],
+    profiles: Sequence[str],
     *,
     sparse_allowed: bool,
     chosen_later: str = "",
@@ -94,75 +102,88 @@ def make_proof(
         layout: what ``check_layout`` said of its ONNX file.
         reports: of its build log.
         layers: of its inspector, else of its log; empty where neither lists any.
+        profiles: names of its profiles, in order.
         sparse_allowed: whether it was built with ``SPARSE_WEIGHTS``.
         chosen_later: why its kernels are not known yet; empty where the build chose them.
     """
-    listed = {node for report in reports for name in report.eligible for node in onnx_nodes(name)}
-    picked = {node for report in reports for name in report.chosen for node in onnx_nodes(name)}
-    kernels: dict[str, list[str]] = {}
-    for layer in layers:
-        for node in layer.nodes:
-            if layer.tactic:
-                kernels.setdefault(node, []).append(layer.tactic)
+    last = reports[-1] if reports else SparsityReport(0, 0, (), ())
+    listed = {node for name in last.eligible for node in onnx_nodes(name)}
+    picks = [{node for name in report.chosen for node in onnx_nodes(name)} for report in reports] or [set()]
+    kernels = kernels_of(layers, profiles)
     linears = []
     for row in layout:
-        tactics = kernels.get(row.node, [])
-        sparse = [tactic for tactic in tactics if _SPARSE_TACTIC.search(tactic)]
-        # The finished engine overrules the log, which reports on every selection, also on ones that are redone.
-        is_sparse = bool(sparse) if tactics else row.node in picked
-        kernel = (sparse or tactics or [""])[0]
-        why = "" if is_sparse else _why(row, kernel, row.node in listed, sparse_allowed, chosen_later)
-        linears.append(LinearProof(linear_name(row.weight), row.node, row.eligible, kernel, is_sparse, why))
+        own = kernels.get(row.node, {})
+        # The finished engine overrules the log.
+        sparse = row.eligible and (bool(sparse_in(own)) if own else all(row.node in pick for pick in picks))
+        if sparse:
+            why = sparse_in(own) or "sparse by the build log, which names no profile"
+        elif row.eligible and not own and any(row.node in pick for pick in picks):
+            why = _CONTRADICTION
+        else:
+            why = _why(row, own, row.node in listed, sparse_allowed, chosen_later)
+        linears.append(LinearProof(linear_name(row.weight), row.node, row.eligible, own, sparse, why))
     status, reason = _status(linears, reports, sparse_allowed, chosen_later)
     return Proof(status, reason, reports, tuple(linears))
 
 
-def _why(row: LinearLayout, kernel: str, listed: bool, sparse_allowed: bool, chosen_later: str) -> str:
+def _why(row: LinearLayout, kernels: Mapping[str, str], listed: bool, sparse_allowed: bool, chosen_later: str) -> str:
     if not row.eligible:
-        return row.why
+        return f"{SHARED}; {row.why}" if sparse_in(kernels) else row.why
     if not sparse_allowed:
         return "built without sparse tactics"
     if chosen_later:
         return chosen_later
     small = f" ({row.why})" if row.why else ""
+    names = ", ".join(dict.fromkeys(kernels.values()))
     if listed:
-        return f"a dense kernel was faster{f': {kernel}' if kernel else ''}{small}"
-    if kernel:
-        return f"no sparse kernel was faster than {kernel}{small}"
+        return f"a dense kernel was faster{f': {names}' if names else ''}{small}"
+    if names:
+        return f"no sparse kernel was faster than {names}{small}"
     return f"inside a block whose kernels TensorRT does not name; compare with the dense twin{small}"
 
 
 def _status(
     linears: Sequence[LinearProof], reports: Sequence[SparsityReport], sparse_allowed: bool, chosen_later: str
 ) -> tuple[str, str]:
-    n_sparse = sum(row.sparse for row in linears)
-    n_chosen = max((report.n_chosen for report in reports), default=0)
-    n_found = max((report.n_eligible for report in reports), default=0)
-    named = sum(bool(row.kernel) for row in linears)
     if not sparse_allowed:
         return "dense", "built without sparse tactics"
-    if n_sparse:
-        return "sparse", f"sparse kernels run {n_sparse} of {len(linears)} linears"
+    sparse = [row for row in linears if row.sparse]
+    if sparse:
+        return "sparse", f"sparse kernels run {len(sparse)} of {len(linears)} linears{_by_profile(sparse)}"
     if chosen_later:
         return "unknown", chosen_later
-    if n_chosen and not named:
+    shared = sum(bool(sparse_in(row.kernels)) for row in linears)
+    if shared:
+        return "unknown", f"sparse kernels run only layers that share them with weights that are not 2:4 ({shared})"
+    named = sum(bool(row.kernels) for row in linears)
+    eligible = sum(row.eligible for row in linears)
+    if named == len(linears):
+        return "dense", f"TensorRT chose a dense kernel for all {named} linears, {eligible} of them 2:4"
+    if len({bool(report.n_chosen) for report in reports}) > 1:
+        return "unknown", _CONTRADICTION
+    if reports and reports[-1].n_chosen and not named:
+        n_chosen = reports[-1].n_chosen
         return "sparse", f"the build log reports {n_chosen} layers with sparse tactics, without naming linears"
-    if named and named == len(linears):
-        return (
-            "dense",
-            f"TensorRT chose a dense kernel for all {named} linears, {n_found} of them eligible for a sparse one",
-        )
-    if reports and not n_chosen:
-        kept = f"and kept dense kernels for all of the {n_found} eligible" if n_found else "and found none eligible"
-        return "dense", f"TensorRT looked for layers with 2:4 weights {kept}"
-    return "unknown", "TensorRT names neither eligible layers nor kernels; time the engine against its dense twin"
+    if reports and not reports[-1].n_chosen and reports[-1].n_eligible >= eligible > 0:
+        return "dense", f"TensorRT kept dense kernels for all {reports[-1].n_eligible} layers that it found eligible"
+    # What TensorRT compiles as a block (Myelin) may be missing from its report (NVIDIA/TensorRT #2271).
+    return "unknown", "TensorRT does not name the kernels of all linears; time the engine against its dense twin"
 
 
-def read_proof(path: Path) -> Proof:
-    """The proof in a ``tensorrt.json``.
+def _by_profile(sparse: Sequence[LinearProof]) -> str:
+    """How many linears are sparse in each profile, in brackets; empty where only the log tells."""
+    counts: dict[str, int] = {}
+    for row in sparse:
+        for profile, tactic in row.kernels.items():
+            counts[profile] = counts.get(profile, 0) + is_sparse(tactic)
+    return f" ({', '.join(f'{n} in {profile}' for profile, n in counts.items())})" if counts else ""
+
+
+def read_proof(path: Path, plan_sha256: str) -> Proof:
+    """The proof in a ``tensorrt.json`` that is about the engine with this SHA-256, or about its dense twin.
 
     Raises:
-        ModelError: missing or malformed.
+        ModelError: missing, malformed or about other engines.
     """
     try:
         value = read_json(path)
@@ -182,14 +203,24 @@ def read_proof(path: Path) -> Proof:
                 linear=str(r["linear"]),
                 node=str(r["node"]),
                 eligible=r["eligible"] is True,
-                kernel=str(r["kernel"]),
+                kernels=_texts(r["kernels"]),
                 sparse=r["sparse"] is True,
                 why=str(r["why"]),
             )
             for r in value["linears"]
         )
-        return Proof(value["status"], str(value["reason"]), reports, linears)
+        plans = _texts(value["plans"])
+        proof = Proof(value["status"], str(value["reason"]), reports, linears, plans, str(value["twin"]))
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: is not a proof of sparse kernels: {type(error).__name__}: {error}") from error
+    if plan_sha256 not in plans.values():
+        raise ModelError(f"{path}: is about other engines than the one beside it; build it again")
+    return proof
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError(f"want a table, got {type(value).__name__}")
+    return {str(key): str(text) for key, text in value.items()}

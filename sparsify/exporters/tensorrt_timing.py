@@ -15,6 +15,7 @@ from typing import Any
 
 from sparsify.errors import UsageError
 from sparsify.exporters.tensorrt_api import Gpu, TensorRt
+from sparsify.exporters.tensorrt_trust import try_folder
 from sparsify.files import write_atomic, writing
 
 FORMAT = "sparsify-timing-cache/1"
@@ -35,7 +36,10 @@ class TimingCache:
 
         Raises:
             UsageError: not a timing cache, damaged, of another TensorRT or GPU, or refused by TensorRT.
+            OutputError: it could not be written after the build.
         """
+        with self._locked():
+            try_folder(self._path.parent)
         cache = config.create_timing_cache(self._read())
         if cache is None or not config.set_timing_cache(cache, False):
             raise UsageError(

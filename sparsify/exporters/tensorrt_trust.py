@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 from sparsify.errors import ModelError, OutputError, UsageError
@@ -30,8 +31,8 @@ def _private(folder: Path) -> bool:
     return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
-def remember(plan_sha256: str) -> None:
-    """Record that this user built the engine with this SHA-256.
+def open_registry() -> Path:
+    """The folder of records, which this user can write to and nobody else; asked before a build.
 
     Raises:
         OutputError: the cache cannot be written, or others can write to it.
@@ -41,6 +42,23 @@ def remember(plan_sha256: str) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _private(folder):
         raise OutputError(f"{folder}: others can write to it; make it yours alone (chmod 700) or set SPARSIFY_CACHE")
+    try_folder(folder)
+    return folder
+
+
+def try_folder(folder: Path) -> None:
+    """Refuse a folder in which no file can be made (``OutputError``)."""
+    with writing(folder), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def remember(plan_sha256: str) -> None:
+    """Record that this user built the engine with this SHA-256.
+
+    Raises:
+        OutputError: as ``open_registry``.
+    """
+    folder = open_registry()
     with writing(folder):
         (folder / plan_sha256).touch(mode=0o600)
 

@@ -23,6 +23,8 @@ _OPTIONS = {
     "threads": ("onnxruntime", "onnxruntime-genai"),
     "allow_fallback": ("onnxruntime",),
     "trust_engine": ("tensorrt",),
+    "cuda_graphs": ("tensorrt",),
+    "weight_budget": ("tensorrt",),
 }
 
 
@@ -44,6 +46,9 @@ class Runtime:
         threads: onnxruntime, onnxruntime-genai: threads of one operator; None is one for each core.
         allow_fallback: onnxruntime: run elsewhere, and report, what the provider cannot run.
         trust_engine: tensorrt: deserialise an engine that this user did not build.
+        cuda_graphs: tensorrt: decode in captured CUDA graphs.
+        weight_budget: tensorrt: bytes of the weights that stay on the GPU, where they can be streamed; None is as many
+            as there is room for.
     """
 
     name: str = AUTO
@@ -56,6 +61,8 @@ class Runtime:
     threads: int | None = None
     allow_fallback: bool = False
     trust_engine: bool = False
+    cuda_graphs: bool = True
+    weight_budget: int | None = None
 
     def resolve(self, path: Path) -> str:
         """The runtime that opens ``path``.
@@ -120,7 +127,12 @@ def open_session(path: Path, runtime: Runtime | None = None, *, trust_remote_cod
     if name == "tensorrt":
         from sparsify.runtimes.tensorrt_session import TensorRtSession
 
-        return TensorRtSession(path, trust_engine=runtime.trust_engine)
+        return TensorRtSession(
+            path,
+            trust_engine=runtime.trust_engine,
+            cuda_graphs=runtime.cuda_graphs,
+            weight_budget=runtime.weight_budget,
+        )
     if name == "torch":
         from sparsify.runtimes.torch_session import TorchSession
 

@@ -83,7 +83,10 @@ class GenaiSession:
                     "pip install onnxruntime-genai-cuda"
                 ) from error
             raise load_error(self.path, error) from error
-        self._provider = CUDA if self._model.device_type.upper() == "CUDA" else CPU
+        device = self._model.device_type.lower()
+        if device not in _NAMES:
+            raise UsageError(f"{path}: genai_config.json is for {device}; choose --provider cpu or cuda")
+        self._provider = _NAMES[device]
         self.name = f"onnxruntime-genai {self._provider}"
 
     def __enter__(self) -> Self:

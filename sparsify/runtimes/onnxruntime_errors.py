@@ -17,6 +17,10 @@ _NO_KERNEL = re.compile(r"Could not find an implementation for (\w+)")
 _SOURCE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:cc|h):\d+ [^:]*(?:::[^:]+)*?\) ")
 
 
+class MissingKernelError(ModelError):
+    """The provider has no kernel for an operator in the precision of the model."""
+
+
 def line(error: BaseException) -> str:
     """The message of ONNX Runtime in one line, without the function signature before it, at most 300 characters."""
     return _SOURCE.sub("", " ".join(str(error).split()))[:300]
@@ -47,7 +51,7 @@ def load_error(path: Path, error: BaseException) -> SparsifyError:
             "pip install --upgrade onnxruntime"
         )
     if kernel := _NO_KERNEL.search(text):
-        return ModelError(
+        return MissingKernelError(
             f"{path}: ONNX Runtime {version} cannot run {kernel[1]} in the precision of this model on this provider; "
             "choose another provider, or export another precision"
         )

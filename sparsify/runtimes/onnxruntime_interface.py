@@ -16,6 +16,16 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_leng
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
+# Options that change how a graph is run and nothing else.
+_SESSION_KEYS = {
+    *("log_id", "provider_options", "intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena"),
+    *("enable_mem_pattern", "graph_optimization_level", "ep.cuda.fpa_intb_gemm"),
+    *("session.intra_op.allow_spinning", "session.inter_op.allow_spinning"),
+}
+# Each has session options of its own, and an artifact has one graph.
+_MORE_GRAPHS = {"pipeline", "encoder", "vision", "speech", "embedding", "drafter", "mtp", "custom_ops_library"}
+
+
 @dataclass(frozen=True)
 class Interface:
     """Of a decoder with a key/value cache.
@@ -100,10 +110,11 @@ def read_genai(folder: Path) -> GenaiFacts:
     """What ``genai_config.json`` in ``folder`` says.
 
     Raises:
-        ModelError: missing, damaged, or a key is absent or of another type.
+        ModelError: missing, damaged, a key is absent or of another type, or one that no artifact of ours has.
     """
     path = folder / "genai_config.json"
     config = _read(path)
+    _check_keys(config, path)
     model = _object(config, "model", path)
     decoder = _object(model, "decoder", path)
     file = decoder.get("filename")
@@ -116,6 +127,27 @@ def read_genai(folder: Path) -> GenaiFacts:
         _number(decoder, "head_size", path),
     ]
     return GenaiFacts(file, *numbers)
+
+
+def _check_keys(config: Any, path: Path) -> None:
+    """Refuse what onnxruntime-genai would act on beyond running the model: it loads libraries and writes profiles.
+
+    Raises:
+        ModelError: an option of a session that the model builder does not write, or a model of several graphs.
+    """
+    if isinstance(config, list):
+        for item in config:
+            _check_keys(item, path)
+    if not isinstance(config, dict):
+        return
+    for key, value in config.items():
+        unknown = sorted(set(value) - _SESSION_KEYS) if key == "session_options" and isinstance(value, dict) else []
+        if key in _MORE_GRAPHS or unknown or (key == "session_options" and not isinstance(value, dict)):
+            raise ModelError(
+                f"{path}: key {unknown[0] if unknown else key} is not one that an export writes; remove it, or open "
+                "the folder with onnxruntime-genai yourself"
+            )
+        _check_keys(value, path)
 
 
 def _object(value: dict[str, Any], key: str, path: Path) -> dict[str, Any]:

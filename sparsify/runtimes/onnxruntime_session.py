@@ -37,6 +37,7 @@ class OnnxRuntimeSession:
         vocab_size: logits of each token.
         n_layers: layers with a cache.
         context: longest sequence in tokens; None where no configuration beside the model says.
+        pads_right_only: whether the graph computes left-padded rows wrongly; ``logits`` moves their tokens.
         notices: what runs elsewhere than asked, one line each; only with ``allow_fallback`` can there be any.
 
     Raises:
@@ -58,7 +59,7 @@ class OnnxRuntimeSession:
         settings.check()
         self.path = path / "model.onnx"
         self._graph = read_graph(self.path)
-        started = start(self._graph, open_source(self._graph), settings)
+        started = start(self._graph, open_source(self._graph, unpack=settings.unpack), settings)
         return_freed_memory()  # unpacking weights leaves several times their size in the heap
         self._session: Any = started.session
         self._providers, self._assigned, self.notices = started.providers, started.assigned, started.notices
@@ -72,6 +73,7 @@ class OnnxRuntimeSession:
         self._device = ("cpu", 0) if self._providers == (CPU,) else ("cuda", settings.device)
         self._run_options = onnxruntime.RunOptions()
         self._run_options.log_severity_level = 4
+        self.pads_right_only = self._graph.grouped
         self.name = f"onnxruntime {' '.join(self._providers)}"
 
     def __enter__(self) -> Self:

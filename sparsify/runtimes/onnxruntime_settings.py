@@ -29,6 +29,8 @@ class OrtSettings:
             where other processes want the same cores.
         arena: keep freed CPU memory for the next run. Off, a prompt costs a tenth to a fifth more time and the memory
             goes back to the system after it.
+        unpack: unpack packed weights one by one before ONNX Runtime sees them. Off, it folds them itself, in several
+            times the memory.
         gpu_memory_bytes: most that CUDA's arena may hold; None is all there is.
         workspace_bytes: most that TensorRT may use as scratch while an engine is built; None is its own default.
         max_length: TensorRT: longest sequence, cache included, that its engines take.
@@ -42,6 +44,7 @@ class OrtSettings:
     inter_op_threads: int = 1
     spinning: bool = True
     arena: bool = True
+    unpack: bool = True
     gpu_memory_bytes: int | None = None
     workspace_bytes: int | None = None
     max_length: int = 2048

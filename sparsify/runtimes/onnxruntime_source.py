@@ -30,8 +30,8 @@ class Source:
             options.add_external_initializers(list(self.initializers), list(self.initializers.values()))
 
 
-def open_source(graph: Graph) -> Source:
-    """The source for ``graph``.
+def open_source(graph: Graph, *, unpack: bool = True) -> Source:
+    """The source for ``graph``; without ``unpack`` the file as it is.
 
     ONNX Runtime would unpack weights by itself, all at once in several times their dense size. Here it is one at a
     time, into arrays that ONNX Runtime then copies: twice the dense size until the source is dropped.
@@ -39,7 +39,7 @@ def open_source(graph: Graph) -> Source:
     Raises:
         ModelError: a packed weight is damaged.
     """
-    if not graph.packed:
+    if not graph.packed or not unpack:
         return Source(graph.path, graph.path.parent, {})
     from onnxruntime import OrtValue
 

@@ -165,7 +165,8 @@ class Bucketed(Decoder):
             bucket.replay()
         elif bucket.has_run:
             # TensorRT finishes a change of shapes in the run before.
-            bucket.replay = self._engine.device.capture(bucket.work)
+            bucket.execution.check_capturable()
+            bucket.replay = self._engine.device.capture(bucket.work, f"{self._engine.path}: decoding")
             bucket.replay()
         else:
             bucket.work()

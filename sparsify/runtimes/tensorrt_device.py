@@ -5,6 +5,7 @@ On the device ``cpu``, which serves stand-ins for TensorRT in tests, there is no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -13,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from sparsify.errors import SparsifyError, UsageError
+from sparsify.exporters.tensorrt_log import out_of_memory
 
 REMEDY = "free the GPU, or build with smaller batch=, prompt= or total="
+WITHOUT_GRAPHS = "pass --no-cuda-graphs (cuda_graphs=False)"
 
 
 class Device:
@@ -56,7 +59,9 @@ class Device:
                 stack.enter_context(torch.cuda.stream(self._stream))
             try:
                 yield
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:  # torch's own error, or CUDA's as one of several kinds
+                if not out_of_memory(str(error)):
+                    raise
                 line = str(error).splitlines()[0][:200]
                 raise SparsifyError(f"{what}: out of GPU memory; {REMEDY}: {line}") from error
 
@@ -68,15 +73,33 @@ class Device:
         """A flat buffer in host memory that copies to the device need not wait for."""
         return torch.empty(max(count, 1), dtype=dtype, pin_memory=self.is_cuda)
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats ``work``, which has run before: a CUDA graph of it, or on a CPU ``work`` itself."""
+    def capture(self, work: Callable[[], None], what: str) -> Callable[[], None]:
+        """What repeats ``work``, which has run before: a CUDA graph of it, or on a CPU ``work`` itself.
+
+        Args:
+            work: enqueues on this device's stream.
+            what: is captured, for messages.
+
+        Raises:
+            SparsifyError: it cannot be captured; names the switch that does without.
+        """
         if self._stream is None:
             return work
         graph = torch.cuda.CUDAGraph()
-        # TensorRT has threads of its own, whose calls must not spoil the capture.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            # TensorRT has threads of its own, whose calls must not spoil the capture.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        except (RuntimeError, SparsifyError) as error:
+            if out_of_memory(str(error)):
+                raise
+            line = str(error).splitlines()[0][:200]
+            raise SparsifyError(f"{what}: cannot be captured as a CUDA graph; {WITHOUT_GRAPHS}: {line}") from error
         return graph.replay
+
+    def free_bytes(self) -> int:
+        """Memory of the device that nobody has allocated; without bound on a CPU, which stands in for one."""
+        return int(torch.cuda.mem_get_info(self.torch)[0]) if self.is_cuda else sys.maxsize
 
     def synchronize(self) -> None:
         """Wait until all that was asked for is done."""

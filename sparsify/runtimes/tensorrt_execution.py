@@ -10,10 +10,11 @@ import torch
 
 from sparsify.errors import ModelError, SparsifyError, UsageError
 from sparsify.exporters.tensorrt_api import TensorRt
-from sparsify.exporters.tensorrt_log import BuildLog
-from sparsify.runtimes.tensorrt_device import REMEDY, Device
+from sparsify.exporters.tensorrt_log import BuildLog, out_of_memory
+from sparsify.runtimes.tensorrt_device import REMEDY, WITHOUT_GRAPHS, Device
 
-_NO_MEMORY = ("out of memory", "outofmemory", "out_of_memory", "memoryallocation", "insufficient memory")
+# What the automatic weight budget leaves free: for graphs, kernels that are loaded later, and torch's temporaries.
+_RESERVE_BYTES = 512 << 20
 
 
 class Engine:
@@ -44,7 +45,7 @@ class Engine:
     def refused(self, what: str) -> SparsifyError:
         """The error for a call that TensorRT refused, in its own words."""
         line = self.log.last_error()
-        if any(words in line.lower() for words in _NO_MEMORY):
+        if out_of_memory(line):
             return SparsifyError(f"{self.path}: {what}: out of GPU memory; {REMEDY}: {line}")
         return ModelError(f"{self.path}: {what}: {line}")
 
@@ -73,7 +74,11 @@ class Engine:
             context.set_device_memory(self._memory.data_ptr(), self.activation_bytes)
         else:
             context.device_memory = self._memory.data_ptr()
-        if not context.set_optimization_profile_async(profile, self.device.handle):
+        try:
+            accepted = context.set_optimization_profile_async(profile, self.device.handle)
+        except RuntimeError as error:  # the bindings raise this in place of TensorRT's False
+            raise self.refused(f"profile {profile} cannot be used") from error
+        if not accepted:
             raise self.refused(f"profile {profile} cannot be used")
         return context
 
@@ -110,6 +115,16 @@ class Execution:
             if not context.set_tensor_address(name, address):
                 raise self._owner.refused(f"no address for {name}")
 
+    def check_capturable(self) -> None:
+        """Refuse what cannot become part of a CUDA graph, where the version tells (TensorRT-RTX).
+
+        Raises:
+            SparsifyError: names the switch that does without.
+        """
+        context, owner = self._context, self._owner
+        if hasattr(context, "is_stream_capturable") and not context.is_stream_capturable(owner.device.handle):
+            raise SparsifyError(f"{owner.path}: decoding cannot be captured as a CUDA graph; {WITHOUT_GRAPHS}")
+
     def run(self) -> None:
         """Enqueue one execution.
 
@@ -121,23 +136,47 @@ class Execution:
             raise self._owner.refused("a step failed")
 
 
-def set_weight_budget(api: TensorRt, engine: Any, budget_bytes: int, path: Path) -> None:
+def set_weight_budget(api: TensorRt, engine: Any, budget_bytes: int | None, device: Device, path: Path) -> int:
     """Keep at most ``budget_bytes`` of the streamable weights on the GPU; before any context is made.
+
+    Without a budget, and where weights can be streamed, it is what the device has free beyond activations and a
+    reserve: TensorRT's own default streams nothing, and the bindings cut its automatic one to 32 bits.
+
+    Returns:
+        Bytes of weights that stay in host memory.
 
     Raises:
         UsageError: the engine was built without weight streaming, or the budget means nothing or is refused.
     """
     streamable = api.streamable_bytes(engine)
     if not streamable:
+        if budget_bytes is None:
+            return 0
         raise UsageError(
-            f"{path}: weights cannot be streamed; build with weight-streaming=on, or leave weight_budget out"
+            f"{path}: weights cannot be streamed; build with weight-streaming=on, or leave --weight-budget out"
         )
+    if budget_bytes is None:
+        # With nothing on the device, activations and what streaming takes beside them are at their largest.
+        _set_budget(engine, 0, path)
+        spare = device.free_bytes() - api.device_memory_bytes(engine) - _RESERVE_BYTES
+        budget_bytes = min(max(spare, 0), streamable)
     if not 0 <= budget_bytes <= streamable:
-        raise UsageError(f"{path}: weight_budget {budget_bytes} bytes: want 0 to {streamable}")
+        raise UsageError(f"{path}: --weight-budget of {budget_bytes} bytes: want 0 to {streamable}")
+    _set_budget(engine, budget_bytes, path)
+    return streamable - budget_bytes
+
+
+def _set_budget(engine: Any, budget_bytes: int, path: Path) -> None:
+    refused = f"{path}: --weight-budget of {budget_bytes} bytes is refused"
     try:
         if hasattr(engine, "weight_streaming_budget_v2"):
             engine.weight_streaming_budget_v2 = budget_bytes
+            taken = engine.weight_streaming_budget_v2
         else:
             engine.weight_streaming_budget = budget_bytes
+            taken = engine.weight_streaming_budget
     except (RuntimeError, ValueError) as error:
-        raise UsageError(f"{path}: weight_budget {budget_bytes} bytes is refused: {error}") from error
+        raise UsageError(f"{refused}: {error}") from error
+    # The bindings drop TensorRT's answer.
+    if taken != budget_bytes:
+        raise UsageError(f"{refused}; the engine keeps {taken}")

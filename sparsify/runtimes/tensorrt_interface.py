@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import ModelError, UsageError
+from sparsify.exporters.tensorrt_options import PAST
 
 PREFILL, DECODE = "prefill", "decode"
 _DTYPES = {
@@ -22,7 +22,6 @@ _DTYPES = {
 }
 _FLOATS = ("FLOAT", "HALF", "BF16")
 _INTEGERS = ("INT32", "INT64")
-_PAST = re.compile(r"past_key_values\.\d+\.(key|value)")
 # Far beyond any model: larger numbers are damage, and must not become allocations.
 _MOST = 1 << 31
 
@@ -118,7 +117,7 @@ def read_interface(engine: Any, trt: Any, path: Path) -> Interface:
         side = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs
         side[name] = list(engine.get_tensor_shape(name))
         types[name] = engine.get_tensor_dtype(name).name
-    past = sorted((name for name in inputs if _PAST.fullmatch(name)), key=_layer)
+    past = sorted((name for name in inputs if PAST.fullmatch(name)), key=_layer)
     present = [name.replace("past_key_values", "present") for name in past]
     wanted, given = {"input_ids", "attention_mask", *past}, {"logits", *present}
     absent = wanted - set(inputs) | given - set(outputs)

@@ -29,15 +29,17 @@ from sparsify.runtimes.tensorrt_prefill import first_token, prefill
 class TensorRtSession:
     """``model.engine`` as a Session (see ``sparsify.runtimes.session``).
 
-    All device memory is allocated when the session opens, for the largest request that the engine's profiles allow.
-    The key/value cache and the generated tokens stay on the device until a generation is over.
+    Weights, activations, inputs, logits and key/value cache are allocated when the session opens, for the largest
+    request that the engine's profiles allow. Contexts and CUDA graphs are made when a batch and length first need them,
+    and torch takes memory for copies and maxima. Cache and generated tokens stay on the device until a generation is
+    over.
 
     Args:
         path: artifact folder.
         trust_engine: deserialise an engine that this user did not build.
         cuda_graphs: decode in captured graphs, on a cache of fixed lengths; else step by step on one that grows.
-        weight_budget: bytes of the weights that stay on the GPU, for an engine with weight streaming; None leaves it
-            to TensorRT.
+        weight_budget: bytes of the streamable weights that stay on the GPU, for an engine with weight streaming; None
+            is as many as there is room for.
         device: the GPU, as torch names it. ``cpu`` is for stand-ins of TensorRT.
         api: the TensorRT to use; None is the installed one of the kind that built the engine.
         engine: file to open; ``dense.engine`` is the twin of the sparse one.
@@ -80,16 +82,16 @@ class TensorRtSession:
         self._log = BuildLog()
         self._logger = api.logger(self._log)
         with self._device.scope(str(self.path)):
-            self._runtime: Any = api.runtime(self._logger, self._log)
+            # Trusted by now: such an engine brings its own runtime, which is code for the CPU.
+            self._runtime: Any = api.runtime(self._logger, self._log, host_code=header.version_compatible)
             native = api.deserialize(self._runtime, plan, self.path, self._log)
             del plan
             self._interface = read_interface(native, api.module, self.path)
             names = [profile.name for profile in header.profiles]
             self.limits = read_limits(native, self._interface, names, self.path)
-            if weight_budget is not None:
-                set_weight_budget(api, native, weight_budget, self.path)
-            self._engine: Engine | None = Engine(self.path, api, native, self._device, self._log)
             self._buffers: Buffers | None = Buffers(self._device, self._interface, self.limits)
+            streamed = set_weight_budget(api, native, weight_budget, self._device, self.path)
+            self._engine: Engine | None = Engine(self.path, api, native, self._device, self._log)
             self._prefill: Execution | None = Execution(self._engine, names.index(PREFILL))
             common = self._engine, self._interface, self._buffers, names.index(DECODE)
             self._decoder: Bucketed | Growing | None = (
@@ -100,7 +102,8 @@ class TensorRtSession:
         self._header = header
         self.vocab_size = self._interface.vocab_size
         graphs = " CUDA graphs" if cuda_graphs and self._device.is_cuda else ""
-        self.name = f"{api.label} {header.precision}{graphs}"
+        streams = f", {streamed / 1e6:.0f} MB of weights in host memory" if streamed else ""
+        self.name = f"{api.label} {header.precision}{graphs}{streams}"
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +169,7 @@ class TensorRtSession:
         return made
 
     def engaged(self) -> dict[str, str]:
-        """Per linear, ``sparse (TACTIC)`` where proof and loaded engine agree on it, ``dense``, or ``unknown (WHY)``.
+        """Per linear ``sparse in PROFILE (TACTIC)``, ``dense``, or ``unknown (WHY)``.
 
         Known from the proof that was written when the engine was built, and from the tactics that the loaded engine
         names; see ``sparsify.runtimes.tensorrt_engaged``.
