@@ -37,8 +37,11 @@ ENGINES = {
     "ours, standard": "standard",
     "ours, genai": "genai",
     "ours, packed": "packed",
+    "ours, packed, folded by ONNX Runtime": "packed",
+    "ours, int8": "int8",
     PEER: "genai",
 }
+OPTIONS = {"checkpoint": True, "standard": True, "genai": True, "packed": False, "int8": False}
 PREFILL_TOKENS, PROMPT_TOKENS, DECODE_TOKENS = 512, 128, 64
 WEIGHTS = ("*.safetensors", "*.onnx", "*.onnx.data", "*.packed.data")
 Generate = Callable[[NDArray[np.int64], int], NDArray[np.int64]]
@@ -57,7 +60,8 @@ def load(engine: str, folder: Path, threads: int, spinning: bool) -> Generate:
         from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
         from sparsify.runtimes.onnxruntime_settings import OrtSettings
 
-        return OnnxRuntimeSession(folder, OrtSettings(threads=threads, spinning=spinning)).generate
+        settings = OrtSettings(threads=threads, spinning=spinning, unpack="folded" not in engine)
+        return OnnxRuntimeSession(folder, settings).generate
     import onnxruntime_genai
 
     options = {"intra_op_num_threads": threads, "session.intra_op.allow_spinning": str(int(spinning))}
@@ -86,11 +90,11 @@ def prompts() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return ids[:, :PREFILL_TOKENS], ids[:, PREFILL_TOKENS:]
 
 
-def seconds(generate: Generate, ids: NDArray[np.int64], n: int) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
+def seconds(generate: Generate, ids: NDArray[np.int64], n: int) -> NDArray[np.float64]:
+    """Wall time and processor time of one call."""
+    started = time.perf_counter(), time.process_time()
     generate(ids, n)
-    return time.perf_counter() - started
+    return np.array([time.perf_counter() - started[0], time.process_time() - started[1]])
 
 
 def resident() -> dict[str, int]:
@@ -123,12 +127,14 @@ def measure(engine: str, folder: Path, threads: int, spinning: bool) -> dict[str
     long, short = prompts()
     generate(long, 1)
     tokens = generate(short, 8)
-    prefill_s = min(seconds(generate, long, 1) for _ in range(2))
-    decode_s = seconds(generate, short, DECODE_TOKENS + 1) - seconds(generate, short, 1)
+    prefill = np.minimum(seconds(generate, long, 1), seconds(generate, long, 1))
+    decode = seconds(generate, short, DECODE_TOKENS + 1) - seconds(generate, short, 1)
     return {
         "load_s": load_s,
-        "prefill_tokens_per_s": PREFILL_TOKENS / prefill_s,
-        "decode_tokens_per_s": DECODE_TOKENS / decode_s,
+        "prefill_tokens_per_s": PREFILL_TOKENS / prefill[0],
+        "decode_tokens_per_s": DECODE_TOKENS / decode[0],
+        "prefill_tokens_per_cpu_s": PREFILL_TOKENS / prefill[1],
+        "decode_tokens_per_cpu_s": DECODE_TOKENS / decode[1],
         "tokens": tokens[0].tolist(),
         "imports": imports,
         "loaded": loaded,
@@ -162,13 +168,15 @@ def summarise(samples: list[dict[str, Any]]) -> dict[str, Any]:
     for threads in sorted({s["threads"] for s in samples}):
         for engine in dict.fromkeys(s["engine"] for s in samples):
             for phase in ("prefill", "decode"):
-                key = f"{phase}_tokens_per_s"
-                values = [found[threads, engine, i][key] for i in rounds]
-                entry: dict[str, Any] = {"tokens_per_s": spread(values)}
-                for other in (PEER, "PyTorch float32"):
-                    if other != engine:
-                        pairs = [v / found[threads, other, i][key] for v, i in zip(values, rounds, strict=True)]
-                        entry[f"to {other}"] = spread(pairs)
+                entry: dict[str, Any] = {}
+                for unit in ("tokens_per_s", "tokens_per_cpu_s"):
+                    key = f"{phase}_{unit}"
+                    values = [found[threads, engine, i][key] for i in rounds]
+                    entry[unit] = spread(values)
+                    for other in (PEER, "PyTorch float32"):
+                        if other != engine:
+                            pairs = [v / found[threads, other, i][key] for v, i in zip(values, rounds, strict=True)]
+                            entry[f"{unit} to {other}"] = spread(pairs)
                 result[f"{engine}, {phase}, {threads} thread{'s' * (threads > 1)}"] = entry
     return result
 
@@ -196,14 +204,14 @@ def main() -> None:
         Path(answer).write_text(json.dumps(sample), encoding="utf-8")
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    for name, required in (("checkpoint", True), ("standard", True), ("genai", True), ("packed", False)):
+    for name, required in OPTIONS.items():
         parser.add_argument(f"--{name}", type=Path, required=required)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-spinning", action="store_true", help="idle threads sleep: for cores that others use too")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    given = {option: getattr(arguments, option) for option in ("checkpoint", "standard", "genai", "packed")}
+    given = {option: getattr(arguments, option) for option in OPTIONS}
     folders = {engine: given[option] for engine, option in ENGINES.items() if given[option] is not None}
     for folder in folders.values():
         for name in weight_files(folder):
@@ -213,7 +221,9 @@ def main() -> None:
     samples: list[dict[str, Any]] = []
     for i in range(arguments.rounds):
         for n in arguments.threads:
-            for engine, folder in folders.items():
+            # Whoever comes after a heavy neighbour differs from round to round.
+            for engine in (list(folders) * 2)[i % len(folders) :][: len(folders)]:
+                folder = folders[engine]
                 sample = child(engine, folder, n, not arguments.no_spinning)
                 samples.append({"round": i, "threads": n, "engine": engine, **sample})
                 print(json.dumps(samples[-1]), flush=True)
@@ -229,12 +239,12 @@ def main() -> None:
         "files": {option: weight_files(folder) for option, folder in given.items() if folder is not None},
         "speed": summary,
         "load": loads,
-        "same_tokens": all(sample["tokens"] == first for sample in samples),
+        "same_tokens": all(s["tokens"] == first for s in samples if "int8" not in s["engine"]),
         "samples": samples,
     }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, entry in summary.items():
-        ratio = "".join(f", {entry[key]['median']:.3f} {key}" for key in entry if key.startswith("to "))
+        ratio = "".join(f", {entry[key]['median']:.3f} {key}" for key in entry if " to " in key)
         print(f"{name}: {entry['tokens_per_s']['median']:.1f} tokens/s{ratio}", flush=True)
     for engine, entry in loads.items():
         sizes = ", ".join(

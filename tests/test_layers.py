@@ -51,7 +51,7 @@ RANKS = [
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("session", "device", "interface", "execution", "cache")}
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("prefill", "decode", "engaged")},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
-    | {"sparsify.bench.zeroshot", "sparsify.bench.delivered"},
+    | {"sparsify.bench.zeroshot", "sparsify.bench.delivered", "sparsify.bench.engine_parity"},
     {"sparsify.onnx_packing"},
     {"sparsify.onnx_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},

@@ -329,9 +329,8 @@ def test_genai_config_that_would_do_more_than_run_the_model(
     else:
         config["model"]["decoder"]["session_options"].update(options)
     path.write_text(json.dumps(config))
-    for kind in (GenaiSession, OnnxRuntimeSession):
-        with pytest.raises(ModelError, match=r"genai_config\.json: key .* is not one that an export writes"):
-            kind(artifact)
+    with pytest.raises(ModelError, match=r"genai_config\.json: key .* is not one that an export writes"):
+        GenaiSession(artifact)
     assert not list(artifact.glob("profile*"))
 
 

@@ -262,13 +262,15 @@ def test_a_twin_that_fails_costs_no_engine(fake: Behaviour, out: Path) -> None:
     assert not (out / TWIN).exists()
 
 
-def test_what_cannot_be_written_is_refused_before_the_build(fake: Behaviour, out: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_refused_before_the_build(
+    fake: Behaviour, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     options = EngineOptions.parse([*SMALL, f"timing-cache={tmp_path / 'file' / 'cache'}"])
     with pytest.raises(OutputError, match="file"):
         build_engine(exported("fp16"), out, options)
-    (tmp_path / "cache").write_text("")
-    with pytest.raises(OutputError, match="cache"):
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="file"):
         build_engine(exported("fp16"), out, EngineOptions.parse(SMALL))
     assert not fake.builds
 

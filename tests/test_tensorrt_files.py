@@ -1,6 +1,7 @@
 """Engine files: header, trust, and everything that can be wrong with them."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -190,13 +191,14 @@ def test_a_broken_tensorrt_is_not_replaced_by_the_other(monkeypatch: pytest.Monk
             raise OSError("libnvinfer.so.11: cannot open shared object file")
         return SimpleNamespace(__version__="1.7.1.116")
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr("importlib.import_module", load)
+    installed = {"tensorrt", "tensorrt_rtx"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(importlib, "import_module", load)
     with pytest.raises(MissingExtraError, match=r"libnvinfer\.so\.11.*runtime=tensorrt-rtx") as caught:
         load_tensorrt()
     assert "\n" not in str(caught.value)
     assert load_tensorrt("tensorrt-rtx").kind == "tensorrt-rtx"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name != "tensorrt" else None)
+    installed.remove("tensorrt")
     assert load_tensorrt().kind == "tensorrt-rtx"
 
 

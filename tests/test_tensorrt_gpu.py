@@ -1,20 +1,25 @@
-"""What only TensorRT on a GPU can show: that its log and inspector are understood, timing cache, refit."""
+"""What only TensorRT on a GPU can show: that its log and inspector are understood, refit, and that sessions are right."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
+from sparsify.bench.engine_parity import check_engine
 from sparsify.exporters.onnx_standard import export_onnx
 from sparsify.exporters.tensorrt_api import find_gpu, load_tensorrt
-from sparsify.exporters.tensorrt_engine import build_engine
+from sparsify.exporters.tensorrt_engine import ENGINE, TWIN, build_engine
 from sparsify.exporters.tensorrt_evidence import logged_layers, parse_log
 from sparsify.exporters.tensorrt_header import check, read_header
 from sparsify.exporters.tensorrt_options import EngineOptions
 from sparsify.exporters.tensorrt_refit import refit_engine
 from sparsify.exporters.tensorrt_trust import load_plan
+from sparsify.runtimes.tensorrt_session import TensorRtSession
+from sparsify.runtimes.torch_session import TorchSession
 from tests.tensorrt_models import SIZES, checkpoint
 
+LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(find_gpu() is None, reason="no CUDA device")]
 
 
@@ -54,3 +59,37 @@ def test_build_proof_and_refit(models: tuple[Path, Path], tmp_path: Path, monkey
     assert header == refitted
     check(built.engine, header, kind=api.kind, version=api.version, compute_capability=gpu.compute_capability)
     assert load_plan(built.engine, header)
+    for engine, folder in ((ENGINE, models[1].parent), (TWIN, models[0].parent)):
+        _compare(out, folder, engine)
+
+
+def _compare(out: Path, folder: Path, engine: str) -> None:
+    """An engine in ``out`` against the checkpoint in ``folder``, with CUDA graphs and without."""
+    for cuda_graphs in (True, False):
+        with (
+            TensorRtSession(out, engine=engine, cuda_graphs=cuda_graphs) as session,
+            TorchSession(folder / "checkpoint", device="cuda") as reference,
+        ):
+            found = check_engine(reference, session, vocab_size=SIZES["vocab_size"], precision="float16")
+            # Long enough for graphs of several buckets to be captured and replayed.
+            ids = np.random.default_rng(1).integers(3, SIZES["vocab_size"], size=(2, 7), dtype=np.int64)
+            made = session.generate(ids, 200)
+            np.testing.assert_array_equal(session.generate(ids, 200), made)
+            logits = reference.logits(np.concatenate([ids, made], axis=1))[:, 6:-1]
+            chosen = np.take_along_axis(logits, made[..., None], axis=-1)[..., 0]
+            assert (logits.max(axis=-1) - chosen).max() <= 2 * found.allowed
+            assert session.engaged().keys() == {f"model.layers.0.{name}" for name in LINEARS} | {"lm_head"}
+
+
+@pytest.mark.parametrize("entries", [["version-compatible=on"], ["weight-streaming=on"]])
+def test_engines_of_other_kinds_run(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: list[str]
+) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    options = EngineOptions.parse(["batch=2", "prompt=32", "total=256", *entries])
+    build_engine(models[0], tmp_path, options, twin=False)
+    _compare(tmp_path, models[0].parent, ENGINE)
+    if "weight-streaming=on" in entries:
+        with TensorRtSession(tmp_path, weight_budget=0, cuda_graphs=False) as session:
+            assert "in host memory" in session.name
+            assert session.generate(np.ones((1, 4), np.int64), 4).shape == (1, 4)

@@ -1,13 +1,18 @@
 """Real builds: TensorRT-RTX parses and builds our exports without a GPU, and refuses what is damaged."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sparsify.errors import ModelError, OutputError, SparsifyError, VerificationError
 from sparsify.exporters import tensorrt_engine
-from sparsify.exporters.tensorrt_api import load_tensorrt
+from sparsify.exporters.tensorrt_api import TensorRt, load_tensorrt
 from sparsify.exporters.tensorrt_engine import TWIN, build_engine
 from sparsify.exporters.tensorrt_evidence import logged_layers
 from sparsify.exporters.tensorrt_header import read_header
@@ -77,10 +82,87 @@ def test_rtx_options(rtx: str, out: Path) -> None:
         ("timing-cache=x", "leave timing-cache= out"),
         ("tactic-sources=CUDNN", "no tactic source CUDNN"),
         ("workspace=1MiB", "raise workspace="),
+        ("version-compatible=on", "version-compatible"),
     ):
         with pytest.raises(SparsifyError, match=part) as caught:
             build_engine(exported("fp16"), out, EngineOptions.parse([*SMALL, f"runtime={rtx}", entry]), twin=False)
         assert "\n" not in str(caught.value)
+
+
+def test_rtx_engines_can_be_captured(rtx: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the flag RTX may allocate at run time, which no CUDA graph survives."""
+    seen: list[bool] = []
+    original = TensorRt.set_targets
+
+    def look(self: TensorRt, config: Any, capabilities: Any) -> Any:
+        seen.append(config.get_flag(self.module.BuilderFlag.REQUIRE_USER_ALLOCATION))
+        return original(self, config, capabilities)
+
+    monkeypatch.setattr(TensorRt, "set_targets", look)
+    build_engine(exported("fp16"), out, EngineOptions.parse([*SMALL, f"runtime={rtx}"]), twin=False)
+    assert seen == [True]
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from sparsify.exporters import tensorrt_log
+from sparsify.exporters.tensorrt_engine import build_engine
+from sparsify.exporters.tensorrt_options import EngineOptions
+from sparsify.progress import Silent
+
+write, n = tensorrt_log.BuildLog.write, 0
+
+class Counting(Silent):
+    def advance(self, steps=1):
+        if sys.argv[3] == "step":
+            signal.raise_signal(signal.SIGINT)
+
+def noted(self, severity, message):
+    global n
+    write(self, severity, message)
+    n += 1
+    if sys.argv[3] == "log" and n == 200:
+        signal.raise_signal(signal.SIGINT)
+
+tensorrt_log.BuildLog.write = noted
+options = EngineOptions(runtime="tensorrt-rtx", batch=2, prompt=16, total=32)
+try:
+    build_engine(Path(sys.argv[1]), Path(sys.argv[2]), options, progress=Counting())
+except KeyboardInterrupt:
+    print("interrupted after", n)
+    # Ctrl-C is Python's own again.
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        print("and again")
+"""
+
+
+@pytest.mark.parametrize("where", ["log", "step"])
+def test_ctrl_c_ends_a_build(rtx: str, out: Path, where: str) -> None:
+    arguments = [sys.executable, "-c", INTERRUPTED, str(exported("fp16")), str(out), where]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("interrupted after"), done.stdout + done.stderr
+    assert done.stdout.endswith("and again\n")
+    assert "KeyboardInterrupt" not in done.stderr
+    assert {path.name for path in out.iterdir()} == {"build.log"}
+
+
+def test_ctrl_c_from_outside_ends_a_build(rtx: str, out: Path) -> None:
+    arguments = [sys.executable, "-c", INTERRUPTED, str(exported("fp16")), str(out), "outside"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 60
+        # Within TensorRT's build, whose log grows.
+        while not (out / "build.log").exists() or (out / "build.log").stat().st_size == 0:
+            assert child.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        stdout, stderr = child.communicate(timeout=60)
+    assert stdout.startswith("interrupted after"), stdout + stderr
+    assert not list(out.glob("*.engine"))
 
 
 def test_rtx_parses_int8_with_scales(rtx: str, out: Path) -> None:
@@ -165,7 +247,7 @@ def test_external_data_that_is_damaged(rtx: str, tmp_path: Path, out: Path) -> N
     with pytest.raises(ModelError, match="external data"):
         build_engine(path, out, options)
     model = onnx.load(path, load_external_data=False)
-    for location in ("../model.onnx.data", "/etc/passwd", ""):
+    for location in ("../model.onnx.data", "/etc/passwd", "", ".", ".."):
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
                 if entry.key == "location":
@@ -173,6 +255,51 @@ def test_external_data_that_is_damaged(rtx: str, tmp_path: Path, out: Path) -> N
         onnx.save(model, path)
         with pytest.raises(ModelError, match="not one beside it"):
             build_engine(path, out, options)
+
+
+def test_external_data_of_every_kind(rtx: str, tmp_path: Path, out: Path) -> None:
+    path, data = tmp_path / "model.onnx", tmp_path / "data"
+    data.write_bytes(bytes(64 * 64 * 2))
+
+    def outside(name: str, **where: str) -> Any:
+        tensor = onnx.TensorProto(name=name, data_type=F16, dims=(64, 64), data_location=onnx.TensorProto.EXTERNAL)
+        for key, value in {"location": "data", **where}.items():
+            tensor.external_data.add(key=key, value=value)
+        return tensor
+
+    def save(tensor: Any, place: str) -> None:
+        model = graph(two_four(64, 64), [node("MatMul", ["x", "w"], "y")], data_type=F16)
+        if place == "initializer":
+            model.graph.initializer.append(tensor)
+        elif place == "sparse":
+            model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor, dims=[64, 64]))
+        else:
+            constant = onnx.helper.make_node("Constant", [], ["c"], value=tensor)
+            if place == "function":
+                imports = [onnx.helper.make_opsetid("", 21)]
+                model.functions.append(onnx.helper.make_function("", "F", [], ["c"], [constant], imports))
+            else:
+                inner = onnx.helper.make_graph([constant], "inner", [], [])
+                model.graph.node.append(onnx.helper.make_node("If", ["x"], [], then_branch=inner, else_branch=inner))
+        onnx.save(model, path)
+
+    for place in ("initializer", "sparse", "function", "subgraph"):
+        save(outside("t"), place)
+        assert set(read_source(path).sha256) == {"model.onnx", "data"}
+        for where in ({"offset": "2"}, {"offset": "-2"}, {"length": "2"}, {"length": "99999"}, {"offset": "x"}):
+            save(outside("t", **where), place)
+            with pytest.raises(ModelError, match="truncated|malformed") as caught:
+                read_source(path)
+            assert "\n" not in str(caught.value)
+    (tmp_path / "folder").mkdir()
+    save(outside("t", location="folder"), "initializer")
+    with pytest.raises(ModelError, match="no file"):
+        read_source(path)
+    negative = outside("t")
+    negative.dims[0] = -64
+    save(negative, "initializer")
+    with pytest.raises(ModelError, match="malformed"):
+        read_source(path)
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:

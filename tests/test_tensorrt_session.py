@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from sparsify.bench.engine_parity import check_engine
+from sparsify.errors import UsageError, VerificationError
 from sparsify.exporters.tensorrt_api import TensorRt
 from sparsify.exporters.tensorrt_header import write_header
+from sparsify.exporters.tensorrt_options import EngineOptions
 from sparsify.runtimes import tensorrt_decode, tensorrt_execution, tensorrt_interface
 from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
 from sparsify.runtimes.tensorrt_cache import ALIGNMENT_BYTES, Buffers
@@ -177,6 +180,46 @@ def test_tensorrt_rtx(llama: tuple[Path, Path], tmp_path: Path) -> None:
             np.testing.assert_array_equal(session.generate(ids, 90), want)
             # A graph must not keep the kernels that run while better ones are compiled.
             assert session._opened()[0].native.specialised == specialised
+
+
+@pytest.mark.parametrize("options", [None, EngineOptions(batch=1, prompt=4, total=7)], ids=["large", "small"])
+def test_an_engine_is_compared_with_its_model(
+    llama: tuple[Path, Path], tmp_path: Path, options: EngineOptions | None
+) -> None:
+    build(tmp_path / "engine", llama[1], options)
+    with open_engine(tmp_path / "engine") as engine, TorchSession(llama[0]) as reference:
+        found = check_engine(reference, engine, vocab_size=VOCAB, precision="float32")
+        assert 0 < found.prefill < 1e-3 < found.allowed
+        assert found.decode_gap < 1e-3
+        assert (found.n_new, found.left_padding is None) == ((16, False) if options is None else (3, True))
+        with pytest.raises(UsageError, match="vocabulary"):
+            check_engine(reference, engine, vocab_size=VOCAB + 1, precision="float32")
+        with pytest.raises(UsageError, match="precision"):
+            check_engine(reference, engine, vocab_size=VOCAB, precision="int8")
+
+
+@pytest.mark.parametrize("case", ["prefill", "left padding", "decoding", "nan"])
+def test_an_engine_that_computes_something_else(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    logits, generate = TensorRtSession.logits, TensorRtSession.generate
+
+    def off(self: TensorRtSession, ids: Any, mask: Any = None) -> Any:
+        found = logits(self, ids, mask)
+        if case == "nan":
+            found[:] = np.nan
+        elif case == "prefill" or mask is not None:
+            found += 1
+        return found
+
+    if case == "decoding":
+        monkeypatch.setattr(TensorRtSession, "generate", lambda self, ids, n: (generate(self, ids, n) + 1) % VOCAB)
+    else:
+        monkeypatch.setattr(TensorRtSession, "logits", off)
+    build(tmp_path / "engine", llama[1])
+    with open_engine(tmp_path / "engine") as engine, TorchSession(llama[0]) as reference:
+        with pytest.raises(VerificationError, match=f"{'prefill' if case == 'nan' else case}: logits differ"):
+            check_engine(reference, engine, vocab_size=VOCAB, precision="float32")
 
 
 @pytest.mark.parametrize(

@@ -237,8 +237,9 @@ def _configure(api: TensorRt, config: Any, source: Source, options: EngineOption
     if api.kind == "tensorrt-rtx":
         if options.version_compatible:
             raise UsageError(f"{api.label} has no engines for several versions; leave version-compatible= out")
-        # Without it no CUDA graph can be captured; versions that lack the flag need none.
-        flags += ["REQUIRE_USER_ALLOCATION"] * api.has_flag("REQUIRE_USER_ALLOCATION")
+        # No CUDA graph can be captured of an engine that may allocate as it runs, which one that streams weights must.
+        wanted = api.has_flag("REQUIRE_USER_ALLOCATION") and not options.weight_streaming
+        flags += ["REQUIRE_USER_ALLOCATION"] * wanted
     api.set_flags(config, flags)
     api.set_detailed(config)
     if options.workspace_bytes is not None:
