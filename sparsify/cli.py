@@ -203,7 +203,19 @@ def export_command(
     if json:
         print_json(result)
     else:
-        print_line(f"{out}: {target}, {size(folder_bytes(out))}")
+        print_line(f"{out}: {target}, {size(folder_bytes(out))}{_cost(body.get('rounding'))}")
+
+
+def _cost(rounding: dict[str, Any] | None) -> str:
+    """What the precision of an ONNX artifact costs, for the line that announces it."""
+    if not rounding:
+        return ""
+    if "not_run" in rounding:
+        return "; its own arithmetic cannot run here"
+    return (
+        f"; rounding on random tokens: KL {rounding['mean_kl_nats']:.2g} nats, "
+        f"same first choice {rounding['top1_agreement']:.0%}"
+    )
 
 
 @app.command("decompress")
@@ -389,6 +401,7 @@ def eval_command(
     from sparsify.runtimes import Runtime
     from sparsify.source import resolve
 
+    budget = None if weight_budget is None else memory_bytes("--weight-budget", weight_budget)
     with _progress() as progress:
         folder = resolve(model).folder
         reference = resolve(against).folder if against else None
@@ -418,7 +431,7 @@ def eval_command(
                 allow_fallback=allow_fallback,
                 trust_engine=trust_engine,
                 cuda_graphs=cuda_graphs,
-                weight_budget=None if weight_budget is None else memory_bytes("--weight-budget", weight_budget),
+                weight_budget=budget,
             ),
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -43,10 +43,11 @@ def refit(
     from sparsify.exporters.tensorrt_engine import ENGINE, TWIN
     from sparsify.exporters.tensorrt_refit import check_refit, refit_engine
     from sparsify.onnx_target import write_onnx
+    from sparsify.tensorrt_target import engine_parity
 
     progress = progress or Silent()
     body, new = manifest.read(artifact), manifest.read(checkpoint)
-    if body["kind"] != "tensorrt" or not isinstance(body.get("onnx"), dict):
+    if body["kind"] != "tensorrt" or not all(isinstance(body.get(key), dict) for key in ("onnx", "tensorrt")):
         raise UsageError(f"{artifact}: is of kind {body['kind']}; refit is for what --target tensorrt wrote")
     for folder, described in ((artifact, body), (checkpoint, new)):
         damage = manifest.damaged_files(folder, described)
@@ -65,7 +66,9 @@ def refit(
             if engine in kept:
                 refit_engine(staging.path / engine, staging.path / "model.onnx", trust_engine=trust_engine)
             progress.advance()
+        parity = engine_parity(checkpoint, staging.path, trust_engine=trust_engine, trust_remote_code=trust_remote_code)
+        facts = {**body["tensorrt"], "parity": parity}
         rest = {key: value for key, value in new.items() if key not in ("format", "files", "storage")}
-        manifest.write(staging.path, {**rest, "kind": "tensorrt", **extra, "tensorrt": body.get("tensorrt")})
+        manifest.write(staging.path, {**rest, "kind": "tensorrt", **extra, "tensorrt": facts})
         staging.commit()
     return manifest.read(out)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import SparsifyError, UsageError
+from sparsify.errors import UsageError
 from sparsify.extras import require
 from sparsify.progress import Progress
 
@@ -78,24 +77,19 @@ def _tensorrt(
     checkpoint: Path, out: Path, body: dict[str, Any], options: Options, trust: bool, progress: Progress
 ) -> dict[str, Any]:
     from sparsify.exporters.onnx_forms import choose
-    from sparsify.exporters.tensorrt_engine import LOG, build_engine
     from sparsify.exporters.tensorrt_options import EngineOptions
-    from sparsify.onnx_target import write_onnx
+    from sparsify.tensorrt_target import write_tensorrt
 
-    forms = choose("standard", options.precision or "fp16", "tensorrt", options.opset)
-    extra = write_onnx(checkpoint, out, body, forms, trust_remote_code=trust, progress=progress)
-    chosen = EngineOptions.parse(options.engine)
-    try:
-        built = build_engine(out / "model.onnx", out, chosen, require_sparse=options.require_sparse, progress=progress)
-    except SparsifyError as error:
-        # The folder goes with the failure; what TensorRT said about it is worth keeping.
-        log = out.with_name(f"{out.name.removesuffix('.partial')}.{LOG}")
-        if (out / LOG).exists():
-            shutil.copyfile(out / LOG, log)
-            raise type(error)(f"{error}; the log is {log}") from error
-        raise
-    facts = {"kind": built.header.kind, "version": built.header.version, "options": dict(built.header.options)}
-    return {**extra, "tensorrt": {**facts, "status": built.proof.status, "reason": built.proof.reason}}
+    return write_tensorrt(
+        checkpoint,
+        out,
+        body,
+        choose("standard", options.precision or "fp16", "tensorrt", options.opset),
+        EngineOptions.parse(options.engine),
+        require_sparse=options.require_sparse,
+        trust_remote_code=trust,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,8 @@ def check_options(options: Options, targets: Sequence[str]) -> None:
     """Refuse what no target has, and what a target cannot do: also before the hours of work.
 
     Raises:
-        UsageError: an option that none of ``targets`` has, or a value or combination that means nothing.
+        UsageError: an option that none of ``targets`` has, a value or combination that means nothing, or a build that
+            this machine cannot do.
         MissingExtraError: target tensorrt without the TensorRT that it is to use.
     """
     known = frozenset[str]().union(*(TARGETS[target].options for target in targets))
@@ -153,16 +148,19 @@ def check_options(options: Options, targets: Sequence[str]) -> None:
                 "leave it out"
             )
     if "onnx" in targets or "tensorrt" in targets:
-        from sparsify.exporters.onnx_forms import choose
+        from sparsify.exporters.onnx_forms import OPSET, choose
 
         if "onnx" in targets:
             choose(options.layout, options.precision or "fp32", options.provider, options.opset)
         if "tensorrt" in targets:
-            from sparsify.exporters.tensorrt_api import load_tensorrt
+            from sparsify.exporters.tensorrt_api import check_gpu, check_opset, load_tensorrt
             from sparsify.exporters.tensorrt_options import EngineOptions
 
             choose("standard", options.precision or "fp16", "tensorrt", options.opset)
-            load_tensorrt(EngineOptions.parse(options.engine).runtime)
+            chosen = EngineOptions.parse(options.engine)
+            api = load_tensorrt(chosen.runtime)
+            check_opset(api, options.opset or OPSET)
+            check_gpu(api, refit=chosen.refit)
     if options.compress and options.provider == "tensorrt":
         raise UsageError("--compress is for ONNX Runtime's own providers; TensorRT reads dense weights, leave it out")
     if options.compress and options.precision in ("int8", "int4"):

@@ -193,3 +193,31 @@ def test_engines_are_checked_and_timed(
     rows = list(TASKS["engine"](arguments))
     assert [row["ok"] for row in rows if str(row.get("case", "")).startswith("dense")] == [False, False]
     assert len([row for row in rows if "timed" in row]) == 2 * (2 + 2)
+
+
+def test_an_artifacts_engine_is_timed_against_its_twin(
+    llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(trt_double, "MEMORY", None)
+    folder = tmp_path / "artifact"
+    build(folder, llama[1], EngineOptions(batch=2, prompt=8, total=32))
+    double = functools.partial(tensorrt_session.TensorRtSession, device="cpu", api=TensorRt(trt_double, "tensorrt"))
+    monkeypatch.setattr(tensorrt_session, "TensorRtSession", double)
+    options = parse(["twin", "--artifact", str(folder), "--out", str(tmp_path / "twin.json"), "--repeats", "1"])
+    options.device = "cpu"
+    assert options.run(options) == NOT_RUN
+    assert "dense.engine" in json.loads((tmp_path / "twin.json").read_text())["not_run"][0]["why"]
+    shutil.copy(folder / "model.engine", folder / "dense.engine")
+    write_header(folder / "dense.engine", read_header(folder / "model.engine"))
+    status = options.run(options)
+    body = json.loads((tmp_path / "twin.json").read_text())
+    assert body["failed"] == []
+    # Decoding two tokens takes microseconds here, and noise may exceed it; that is said.
+    assert status == (NOT_RUN if body["not_run"] else 0)
+    timed = [row for row in body["rows"] if "timed" in row]
+    assert {(row["timed"], row["batch"], row["length"]) for row in timed} == {
+        ("prefill", 1, 8), ("decode", 1, 8), ("decode", 2, 8),
+    }  # fmt: skip
+    assert all(row.get("new_tokens", 23) == 23 for row in timed)
+    assert "prefill, batch 1, 8 tokens: sparse" in capsys.readouterr().out

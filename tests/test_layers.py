@@ -53,7 +53,7 @@ RANKS = [
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
     | {"sparsify.bench.zeroshot", "sparsify.bench.delivered", "sparsify.bench.engine_parity"},
     {"sparsify.onnx_packing"},
-    {"sparsify.onnx_target", "sparsify.decompress", "sparsify.refit"},
+    {"sparsify.onnx_target", "sparsify.tensorrt_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
     {"sparsify.inform"},

@@ -288,7 +288,7 @@ def test_external_data_of_every_kind(rtx: str, tmp_path: Path, out: Path) -> Non
         assert set(read_source(path).sha256) == {"model.onnx", "data"}
         for where in ({"offset": "2"}, {"offset": "-2"}, {"length": "2"}, {"length": "99999"}, {"offset": "x"}):
             save(outside("t", **where), place)
-            with pytest.raises(ModelError, match="truncated|malformed") as caught:
+            with pytest.raises(ModelError, match=r"truncated|malformed") as caught:
                 read_source(path)
             assert "\n" not in str(caught.value)
     (tmp_path / "folder").mkdir()

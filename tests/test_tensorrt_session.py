@@ -27,7 +27,7 @@ from sparsify.runtimes.tensorrt_device import Device
 from sparsify.runtimes.tensorrt_interface import Interface, Limits
 from sparsify.runtimes.tensorrt_session import TensorRtSession
 from sparsify.runtimes.torch_session import TorchSession
-from tests import trt_double
+from tests import trt_double, trt_versions
 from tests.engines import CONFIGS, VOCAB, build, isolate, make, open_engine, random_ids
 
 onnx = pytest.importorskip("onnx")
@@ -157,7 +157,7 @@ def test_few_contexts_are_enough(
     write_header(tmp_path / "engine/model.engine", replace(header, version=version))
     ids = random_ids(1, 4)
     with (
-        open_engine(tmp_path / "engine", trt_double.old() if old else trt_double) as session,
+        open_engine(tmp_path / "engine", trt_versions.old() if old else trt_double) as session,
         TorchSession(llama[0]) as reference,
     ):
         want = reference.generate(ids, 60)
@@ -168,7 +168,7 @@ def test_few_contexts_are_enough(
 
 
 def test_tensorrt_rtx(llama: tuple[Path, Path], tmp_path: Path) -> None:
-    module = trt_double.rtx()
+    module = trt_versions.rtx()
     header = build(tmp_path / "engine", llama[1])
     write_header(tmp_path / "engine/model.engine", replace(header, kind="tensorrt-rtx", version=module.__version__))
     ids = random_ids(1, 4)
@@ -217,9 +217,12 @@ def test_an_engine_that_computes_something_else(
     else:
         monkeypatch.setattr(TensorRtSession, "logits", off)
     build(tmp_path / "engine", llama[1])
-    with open_engine(tmp_path / "engine") as engine, TorchSession(llama[0]) as reference:
-        with pytest.raises(VerificationError, match=f"{'prefill' if case == 'nan' else case}: logits differ"):
-            check_engine(reference, engine, vocab_size=VOCAB, precision="float32")
+    with (
+        open_engine(tmp_path / "engine") as engine,
+        TorchSession(llama[0]) as reference,
+        pytest.raises(VerificationError, match=f"{'prefill' if case == 'nan' else case}: logits differ"),
+    ):
+        check_engine(reference, engine, vocab_size=VOCAB, precision="float32")
 
 
 @pytest.mark.parametrize(

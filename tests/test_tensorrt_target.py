@@ -56,6 +56,8 @@ def test_the_artifact_says_what_was_built_and_what_is_proven(artifact: Path) -> 
     # RTX chooses kernels on the device: whatever was asked, nothing is claimed.
     assert body["tensorrt"]["status"] == "unknown"
     assert body["tensorrt"]["options"]["batch"] == 2
+    if find_gpu() is None:
+        assert "no CUDA device" in body["tensorrt"]["parity"]["not_run"]
     for name in ("model.engine", "model.engine.json", "dense.engine", "build.log", "dense.log", "tensorrt.json"):
         assert name in body["files"]
     assert read_header(artifact / "model.engine").sparse

@@ -7,6 +7,7 @@ commands. The stage `run` is one command of less than ten minutes and writes one
     python3 benchmarks/onnx_gpu pack   --out DIR [--wheel FILE ...]   download and write the batches
     python3 benchmarks/onnx_gpu unpack --batches DIR --into DIR       join, verify, unpack; then `. DIR/env`
     onnx_gpu run --out FILE                                           export, build, check and time
+    python3 benchmarks/onnx_gpu twin   --artifact DIR --out FILE      time an artifact's engine against its dense twin
 
 `pack` takes TensorRT-RTX from PyPI, which has no wheel of TensorRT 10 or 11 with a builder. Wheels of TensorRT for
 Python 3.12 that you have are packed with `--wheel`; `run` then prefers TensorRT (`--runtime`).
@@ -34,6 +35,7 @@ from gpu_machine.record import NOT_RUN
 from onnx_gpu.pack import pack
 from onnx_gpu.run import PARTS, run
 from onnx_gpu.tasks import TASKS
+from onnx_gpu.twin import twin
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -65,6 +67,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     stage.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "onnx-gpu/work")
     stage.add_argument("--budget-s", type=float, default=560)
     stage.set_defaults(run=run)
+    stage = stages.add_parser("twin", help="time an artifact's engine against its dense twin", description=twin.__doc__)
+    stage.add_argument("--artifact", type=Path, required=True, help="folder that --target tensorrt wrote")
+    stage.add_argument("--out", type=Path, required=True)
+    stage.add_argument("--new-tokens", type=int, default=64)
+    stage.add_argument("--repeats", type=int, default=5)
+    stage.add_argument("--no-cuda-graphs", dest="cuda_graphs", action="store_false")
+    stage.add_argument("--trust-engine", action="store_true", help="load engines that were not built here")
+    stage.set_defaults(run=twin, device="cuda", budget_s=0.0)
     return parser.parse_args(arguments)
 
 

@@ -128,7 +128,7 @@ class OnnxWeights:
         where = {entry.key: entry.value for entry in tensor.external_data}
         location = where.get("location", "")
         # A location from the file must not lead out of the artifact's folder.
-        if not location or Path(location).name != location:
+        if location in ("", ".", "..") or Path(location).name != location:
             raise ModelError(
                 f"{self.path}: initializer {name} names the external file {location!r}, not a file beside it"
             )

@@ -131,7 +131,7 @@ def _external_files(path: Path, tensors: Iterable[Any]) -> tuple[Path, ...]:
         where = {entry.key: entry.value for entry in tensor.external_data}
         location = where.get("location", "")
         # A location from the file must not lead out of the artifact's folder.
-        if not location or Path(location).name != location:
+        if location in ("", ".", "..") or Path(location).name != location:
             raise ModelError(f"{path}: {tensor.name} names the external file {location!r}, not a file beside it")
         data = path.parent / location
         if data not in sizes:
