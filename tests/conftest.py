@@ -189,6 +189,28 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own."""
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder to write into."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in for TensorRT with a GPU, and how it is to behave."""
+    from tests.tensorrt_models import play
+
+    return play(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def cli() -> Run:
     """Run ``sparsify`` as its entry point does; in a process of its own where ``subprocess.run`` options are given."""

@@ -20,28 +20,11 @@ from tests.tensorrt_models import (
     SMALL,
     Told,
     exported,
-    play,
 )
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Behaviour:
-    return play(monkeypatch)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_sparse_engine_and_dense_twin(fake: Behaviour, out: Path) -> None:

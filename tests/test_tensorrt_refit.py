@@ -16,27 +16,11 @@ from sparsify.exporters.tensorrt_proof import read_proof
 from sparsify.exporters.tensorrt_refit import refit_engine
 from sparsify.exporters.tensorrt_trust import load_plan, was_built_here
 from tests.fake_tensorrt import Behaviour
-from tests.tensorrt_models import SIZES, SMALL, checkpoint, exported, play
+from tests.tensorrt_models import SIZES, SMALL, checkpoint, exported
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Behaviour:
-    return play(monkeypatch)
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_refit(fake: Behaviour, out: Path, tmp_path: Path) -> None:

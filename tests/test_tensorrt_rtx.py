@@ -24,18 +24,7 @@ from tests.tensorrt_models import F16, INT8, SMALL, Told, exported, graph, node,
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
