@@ -4,10 +4,8 @@ The builder runs as a process of its own: importing it puts modules of common na
 as it goes. It is given a dense checkpoint and told to run none of its code unless the user allows it.
 """
 
-import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,11 +21,15 @@ from sparsify.extras import require
 from sparsify.files import write_json
 from sparsify.format.storage import KEY
 
-_BUILDER = "onnxruntime_genai.models.builder"
+# The builder holds a whole model: whatever ends this process ends it too (prctl's PR_SET_PDEATHSIG with SIGKILL).
+_LAUNCH = """
+import ctypes, runpy
+ctypes.CDLL(None).prctl(1, 9)
+runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__", alter_sys=True)
+"""
 _UNSUPPORTED = "NotImplementedError"
 # What GroupQueryAttention asks of the size of a head.
 _HEAD_MULTIPLE = 16
-_PR_SET_PDEATHSIG = 1
 
 
 class UnsupportedError(ModelError):
@@ -83,7 +85,7 @@ def _check_heads(config: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _build(source: Path, built: Path, form: Form, folder: Path, trust_remote_code: bool) -> None:
-    command = [sys.executable, "-m", _BUILDER, "-i", str(source.resolve()), "-o", str(built.resolve())]
+    command = [sys.executable, "-c", _LAUNCH, "-i", str(source.resolve()), "-o", str(built.resolve())]
     command += ["-p", form.precision, "-e", form.provider, "-c", str((folder / "cache").resolve())]
     command += ["--extra_options", f"hf_remote={str(trust_remote_code).lower()}", "hf_token=false"]
     # Sliding layers with a cache of the window's length need a buffer that only onnxruntime-genai itself prepares.
@@ -98,7 +100,6 @@ def _build(source: Path, built: Path, form: Form, folder: Path, trust_remote_cod
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,
-            preexec_fn=_die_with_parent,
         )
         log.seek(0)
         lines = [line.strip() for line in log if line.strip()]
@@ -113,8 +114,3 @@ def _build(source: Path, built: Path, form: Form, folder: Path, trust_remote_cod
         f"{source}: the model builder of onnxruntime-genai failed on {kind}: {reason}; mend that, or take "
         "--layout standard"
     )
-
-
-def _die_with_parent() -> None:
-    """The builder holds a whole model: whatever ends this process ends it too."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
