@@ -37,7 +37,10 @@ class Device:
         try:
             self.torch = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"device {name!r}: {str(error).splitlines()[0]}") from error
+            raise UsageError(
+                f"device {name!r}: {str(error).splitlines()[0]}; open the engine where there is a GPU, or the ONNX file "
+                "beside it with --runtime onnxruntime"
+            ) from error
         self.is_cuda = self.torch.type == "cuda"
         # Not the default stream: TensorRT would synchronise the device around every step.
         self._stream = torch.cuda.Stream(self.torch) if self.is_cuda else None  # type: ignore[no-untyped-call]
