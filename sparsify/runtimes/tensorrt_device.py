@@ -38,8 +38,8 @@ class Device:
             self.torch = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise UsageError(
-                f"device {name!r}: {str(error).splitlines()[0]}; open the engine where there is a GPU, or the ONNX file "
-                "beside it with --runtime onnxruntime"
+                f"device {name!r}: {str(error).splitlines()[0]}; open the engine where there is a GPU, or the ONNX "
+                "file beside it with --runtime onnxruntime"
             ) from error
         self.is_cuda = self.torch.type == "cuda"
         # Not the default stream: TensorRT would synchronise the device around every step.
