@@ -19,7 +19,7 @@ from sparsify.format.reader import CompressedReader
 from sparsify.format.storage import SERVED
 from sparsify.pipeline import evaluate
 from sparsify.runtimes import Runtime
-from tests_vllm.conftest import Answer, ask, ask_apart, kernels, run_python, same
+from tests_vllm.conftest import Answer, ask, ask_apart, close, kernels, run_python, same
 
 Pair = Callable[[str], tuple[Path, Path]]
 
@@ -41,7 +41,9 @@ def plain(smol: Pair) -> Callable[[str], Answer]:
 @pytest.mark.parametrize("name", ["2:4", "0.5", "mixed"])
 def test_smollm2(smol: Pair, plain: Callable[[str], Answer], name: str, kernel: str) -> None:
     found = ask(smol(name)[1], kernel=kernel)
-    same(found, plain(name))
+    # Kernel dense is vLLM's own product with the same weights. What that adds up in which order is up to oneDNN and the
+    # processor: without AMX the packed kernel gave the same bits, with AMX it does not.
+    (same if kernel == "dense" else close)(found, plain(name))
     assert not plain(name).engaged
     assert len(found.engaged) == 30 * 4  # qkv, o, gate_up, down
     if kernel == "dense" or name != "mixed":
@@ -73,7 +75,7 @@ def _bytes_of_linears(model: torch.nn.Module) -> int:
 
 def test_plain_checkpoint_packed_at_load(smol: Pair, plain: Callable[[str], Answer]) -> None:
     found = ask(smol("2:4")[0], kernel="packed", quantization="sparsify")
-    same(found, plain("2:4"))
+    close(found, plain("2:4"))
     assert {(entry.kernel, entry.pattern) for entry in found.engaged.values()} == {("packed", "2:4")}
     found = ask(smol("2:4")[0], quantization="sparsify")
     same(found, plain("2:4"))
