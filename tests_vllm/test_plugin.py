@@ -154,7 +154,7 @@ def test_old_sparse_checkpoints_load_again(smol: Pair, plain: Callable[[str], An
         folder = _as_compressed_tensors(smol(name)[1], tmp_path / form, form)
         for kernel in ("dense", "packed"):
             found = ask(folder, kernel=kernel)
-            same(found, plain(name))
+            (same if kernel == "dense" else close)(found, plain(name))
             assert kernels(found) == {kernel}
 
 
