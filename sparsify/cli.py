@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsify import __version__
-from sparsify.errors import SparsifyError, VerificationError
+from sparsify.artifacts import decompress_command, inspect_command, refit_command
+from sparsify.errors import SparsifyError
 from sparsify.inform import doctor_command, methods_command
 from sparsify.options import (
     Bos,
@@ -56,7 +55,7 @@ from sparsify.options import (
 )
 
 if TYPE_CHECKING:
-    from sparsify.progress import Progress
+    pass
 
 EXIT_CODES = """
 Exit codes: 0 done, 2 wrong option or recipe, 3 model cannot be used, 4 text cannot be used, 5 output cannot be
@@ -89,19 +88,6 @@ def _root(
 ) -> None: ...
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from sparsify.console import Bars, errors
-
-    try:
-        with Bars(errors()).running() as bars:
-            yield bars
-    except KeyboardInterrupt:
-        # typer ends the process with code 130 and says nothing.
-        sys.stderr.write("interrupted; the same command resumes\n")
-        raise
-
-
 @app.command("prune")
 def prune_command(
     model: Model = None,
@@ -129,7 +115,7 @@ def prune_command(
     settings, run = merge_settings(recipe, locals())
     from sparsify import manifest
     from sparsify.bench.report import size
-    from sparsify.console import print_json, print_line
+    from sparsify.console import print_json, print_line, progress_bars
     from sparsify.files import read_json
     from sparsify.prune import prune
     from sparsify.source import resolve
@@ -137,7 +123,7 @@ def prune_command(
     device = run.get("device", "cpu")
     check_device(device)
     out = required(out, "--out")
-    with _progress() as progress:
+    with progress_bars() as progress:
         source = resolve(required(run.get("model"), "MODEL"))
         prune(
             source,
@@ -182,11 +168,11 @@ def export_command(
     """Export a pruned CHECKPOINT for a runtime; its outputs are compared with PyTorch's first."""
     options = export_options(locals())
     from sparsify.bench.report import size
-    from sparsify.console import print_json, print_line
+    from sparsify.console import print_json, print_line, progress_bars
     from sparsify.files import folder_bytes
     from sparsify.pipeline import export
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         body = export(
             checkpoint,
             target,
@@ -216,58 +202,6 @@ def _cost(rounding: dict[str, Any] | None) -> str:
         f"; rounding on random tokens: KL {rounding['mean_kl_nats']:.2g} nats, "
         f"same first choice {rounding['top1_agreement']:.0%}"
     )
-
-
-@app.command("decompress")
-def decompress_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder that --target onnx --compress wrote.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
-    overwrite: Overwrite = False,
-    json: Json = False,
-) -> None:
-    """Write an ONNX ARTIFACT with packed weights as a dense one, for runtimes or memories that cannot unpack it."""
-    from sparsify.bench.report import size
-    from sparsify.console import print_json, print_line
-    from sparsify.decompress import decompress
-    from sparsify.files import folder_bytes
-
-    with _progress() as progress:
-        decompress(artifact, out, overwrite=overwrite, progress=progress)
-    before, after = folder_bytes(artifact), folder_bytes(out)
-    if json:
-        print_json({"out": str(out), "bytes": after, "packed_bytes": before})
-    else:
-        print_line(f"{out}: dense, {size(after)} (packed {size(before)})")
-
-
-@app.command("refit")
-def refit_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder that --target tensorrt --engine refit=on wrote.")],
-    checkpoint: Annotated[Path, typer.Argument(help="The same model pruned again, with the same pattern.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")],
-    trust_engine: TrustEngine = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Put the weights of CHECKPOINT into the TensorRT engines of ARTIFACT, without building them again."""
-    from sparsify.console import print_json, print_line
-    from sparsify.refit import refit
-
-    with _progress() as progress:
-        body = refit(
-            artifact,
-            checkpoint,
-            out,
-            overwrite=overwrite,
-            trust_engine=trust_engine,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if json:
-        print_json({"out": str(out), "tensorrt": body["tensorrt"], "parity": body["parity"]})
-    else:
-        print_line(f"{out}: engines refitted")
 
 
 @app.command("prune-and-export")
@@ -309,14 +243,14 @@ def prune_and_export_command(
     """Prune MODEL, export it for each target, measure accuracy, and write report.md and report.json to --out."""
     settings, run = merge_settings(recipe, locals())
     from sparsify.bench.report import HEAD, rows, summary
-    from sparsify.console import print_json, print_line, print_table
+    from sparsify.console import print_json, print_line, print_table, progress_bars
     from sparsify.pipeline import Evaluation, prune_and_export
     from sparsify.source import resolve
 
     device = run.get("device", "cpu")
     check_device(device)
     out = required(out, "--out")
-    with _progress() as progress:
+    with progress_bars() as progress:
         report = prune_and_export(
             resolve(required(run.get("model"), "MODEL")),
             settings,
@@ -394,7 +328,7 @@ def eval_command(
     else PyTorch.
     """
     from sparsify.bench.report import kernels
-    from sparsify.console import print_json, print_table
+    from sparsify.console import print_json, print_table, progress_bars
     from sparsify.data import load_windows
     from sparsify.exporters.tensorrt_options import memory_bytes
     from sparsify.pipeline import evaluate
@@ -402,7 +336,7 @@ def eval_command(
     from sparsify.source import resolve
 
     budget = None if weight_budget is None else memory_bytes("--weight-budget", weight_budget)
-    with _progress() as progress:
+    with progress_bars() as progress:
         folder = resolve(model).folder
         reference = resolve(against).folder if against else None
         ids = load_windows(
@@ -454,78 +388,9 @@ def eval_command(
     print_table(("", model), table)
 
 
-@app.command("inspect")
-def inspect_command(
-    artifact: Annotated[Path, typer.Argument(help="Folder with a sparsify.json.")],
-    recipe: Annotated[bool, typer.Option("--recipe", help="Print the recipe as YAML, to run it again.")] = False,
-    linears: Annotated[bool, typer.Option("--linears", help="List every pruned linear.")] = False,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Describe an artifact and verify it: file hashes, the pattern of every linear, exact zeros."""
-    from sparsify.console import errors, print_json, print_line, print_table
-
-    if recipe:
-        import yaml
-
-        from sparsify import manifest
-
-        body = manifest.read(artifact)
-        print_line(yaml.safe_dump({"model": body["source"]["name"], **body["recipe"]}, sort_keys=False).rstrip())
-        return
-    from sparsify.verify import verify
-
-    with _progress() as progress:
-        body, problems = verify(artifact, trust_remote_code=trust_remote_code, progress=progress)
-    if json:
-        print_json({"artifact": str(artifact), "verified": not problems, "problems": problems, "manifest": body})
-    else:
-        covered = body["coverage"]
-        print_table(
-            ("", str(artifact)),
-            [
-                ("kind", body["kind"]),
-                ("source", f"{body['source'].get('name')} ({body['source'].get('model_type')})"),
-                ("pattern", f"{body['recipe'].get('pattern')} by {body['recipe'].get('method')}"),
-                ("linears pruned", str(len(body["linears"]))),
-                (
-                    "zeros",
-                    f"{covered['zeros']:,} of {covered['selected']:,} ({covered['zero_share']:.1%} of the model)",
-                ),
-                ("files", str(len(body["files"]))),
-                ("verified", "yes" if not problems else f"NO: {len(problems)} problems"),
-            ],
-        )
-        if linears:
-            print_table(
-                ("linear", "shape", "pattern", "zeros", "relative error", "objective", "status"),
-                [
-                    (
-                        row["name"],
-                        f"{row['shape'][0]} x {row['shape'][1]}",
-                        row["pattern"],
-                        f"{row['zeros'] / (row['shape'][0] * row['shape'][1]):.4%}",
-                        f"{row['relative_error']:.5f}",
-                        _change(row),
-                        row.get("status", ""),
-                    )
-                    for row in body["linears"]
-                ],
-            )
-    if problems:
-        for problem in problems[:20]:
-            errors().print(f"problem: {problem}", highlight=False, soft_wrap=True, markup=False)
-        raise VerificationError(f"{artifact}: {len(problems)} problems; export or prune it again")
-
-
-def _change(row: dict[str, Any]) -> str:
-    """The solver's objective before and after, of a row of the manifest."""
-    before, after = row.get("objective_before"), row.get("objective")
-    if not isinstance(before, float) or not isinstance(after, float):
-        return ""
-    return f"{before:.5f} → {after:.5f}"
-
-
+app.command("inspect")(inspect_command)
+app.command("decompress")(decompress_command)
+app.command("refit")(refit_command)
 app.command("methods")(methods_command)
 app.command("doctor")(doctor_command)
 

@@ -87,3 +87,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str |
 def print_line(text: str) -> None:
     """A line on stdout."""
     Console(highlight=False, markup=False, emoji=False).print(text, soft_wrap=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Bars]:
+    """Bars on stderr for the length of a command; an interruption says that the command resumes."""
+    try:
+        with Bars(errors()).running() as bars:
+            yield bars
+    except KeyboardInterrupt:
+        # typer ends the process with code 130 and says nothing.
+        sys.stderr.write("interrupted; the same command resumes\n")
+        raise

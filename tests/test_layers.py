@@ -56,7 +56,7 @@ RANKS = [
     {"sparsify.onnx_target", "sparsify.tensorrt_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
-    {"sparsify.inform"},
+    {"sparsify.inform", "sparsify.artifacts"},
     {"sparsify.cli"},
     {"sparsify.__main__"},
 ]

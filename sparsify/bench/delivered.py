@@ -6,6 +6,7 @@ the graph is right. With the rounded weights on both sides only the second is le
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -66,11 +67,11 @@ def open_delivered(
     return session
 
 
-def _replace_ends(model: "object", weights: OnnxWeights) -> set[str]:
+def _replace_ends(model: Any, weights: OnnxWeights) -> set[str]:
     """Replace output layer and embedding where the graph holds them quantised; returns the initializers used."""
     import torch
 
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[attr-defined]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     places = find_weights(weights.path, [("lm_head", head.weight.numpy())])["lm_head"]
     if not places or places[0].initializer not in weights.quantized:
         return set()
