@@ -17,7 +17,7 @@ from sparsify.errors import MissingExtraError, ModelError
 from sparsify.exporters.onnx_packed_reader import PackedWeights, is_packed
 
 # onnx.TensorProto.DataType
-FLOAT, UINT8, FLOAT16, BFLOAT16 = 1, 2, 10, 16
+FLOAT, UINT8, INT8, FLOAT16, BFLOAT16, FLOAT8 = 1, 2, 3, 10, 16, 17
 FLOATS = {"fp32": FLOAT, "fp16": FLOAT16, "bf16": BFLOAT16}
 
 
@@ -25,7 +25,14 @@ def dtype_of(data_type: int) -> np.dtype[Any]:
     """The NumPy dtype of an ONNX data type this reader knows (``ml_dtypes.bfloat16`` for bfloat16)."""
     import ml_dtypes
 
-    known: dict[int, Any] = {FLOAT: np.float32, UINT8: np.uint8, FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
+    known: dict[int, Any] = {
+        FLOAT: np.float32,
+        UINT8: np.uint8,
+        INT8: np.int8,
+        FLOAT16: np.float16,
+        BFLOAT16: ml_dtypes.bfloat16,
+        FLOAT8: ml_dtypes.float8_e4m3fn,
+    }
     dtype: np.dtype[Any] = np.dtype(known[data_type])
     return dtype
 
@@ -103,7 +110,7 @@ class OnnxWeights:
         return found
 
     def read(self, name: str) -> NDArray[Any]:
-        """One initializer in its stored shape: float32, float16, ``ml_dtypes.bfloat16`` or uint8; else refused.
+        """One initializer in its stored shape: float32, float16, uint8, int8, or bfloat16 and float8 of ``ml_dtypes``.
 
         External data come as a read-only memory map.
 
@@ -115,9 +122,9 @@ class OnnxWeights:
         if self._packed is not None and name in self._packed.layouts:
             return self._remembered(name, self._packed.read)
         tensor = self.tensors[name]
-        if tensor.data_type not in (*FLOATS.values(), UINT8):
+        if tensor.data_type not in (*FLOATS.values(), UINT8, INT8, FLOAT8):
             raise ModelError(
-                f"{self.path}: initializer {name!r} has data type {tensor.data_type}, not a float or uint8"
+                f"{self.path}: initializer {name!r} has data type {tensor.data_type}, not a float or 8 bits"
             )
         if tensor.data_location != self._onnx.TensorProto.EXTERNAL:
             try:

@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.exporters.onnx_reader import OnnxWeights
+from sparsify.exporters.onnx_reader import FLOAT8, INT8, UINT8, OnnxWeights
 
 # Nodes through which TensorRT folds a constant; Transpose, which it also folds, turns the axes.
 _TRANSPARENT = ("Identity", "Cast", "QuantizeLinear", "DequantizeLinear")
 # onnx.TensorProto.DataType that sparse kernels exist for -> the reduction of one sparse tensor-core instruction
 # (16x8x32 and 16x8x64 in the kernels' names), which the reduction has to fill.
-_UINT8, _INT8, _FLOAT8 = 2, 3, 17
-_DEPTH = {10: 32, 16: 32, _INT8: 64, _FLOAT8: 64}
-_NAMES = {1: "float32", _INT8: "int8", 10: "float16", 16: "bfloat16", _FLOAT8: "float8_e4m3fn"}
+_DEPTH = {10: 32, 16: 32, INT8: 64, FLOAT8: 64}
+_NAMES = {1: "float32", INT8: "int8", 10: "float16", 16: "bfloat16", FLOAT8: "float8_e4m3fn"}
 # Kernels store eight results at once.
 _OUT_MULTIPLE = 8
 # NVIDIA's staff name this as the size from which sparse kernels win (NVIDIA/TensorRT #3849, #4065).
@@ -107,7 +106,7 @@ def _trace(name: str, weights: OnnxWeights, producers: dict[str, Any]) -> _Const
         quantized = quantized or node.op_type == "DequantizeLinear"
         if node.op_type == "QuantizeLinear" and data_type is None:
             zero = weights.tensors.get(node.input[2]) if len(node.input) > 2 else None
-            data_type = zero.data_type if zero is not None else _UINT8
+            data_type = zero.data_type if zero is not None else UINT8
         name = node.input[0]
     return None
 
@@ -190,28 +189,13 @@ def _judge(node: Any, constant: _Constant, weights: OnnxWeights, axis: int | Non
         why = "a convolution in groups"
     elif reduction % depth or out % _OUT_MULTIPLE:
         why = f"misaligned: {reduction} inputs and {out} outputs, want multiples of {depth} and {_OUT_MULTIPLE}"
-    elif not is_two_four(_read(weights, name), axis):
+    elif not is_two_four(weights.read(name), axis):
         why = "not 2:4 along the inputs"
     eligible = not why
     worthwhile = eligible and min(reduction, out) > WORTHWHILE
     if eligible and not worthwhile:
         why = f"small: {reduction} inputs and {out} outputs; sparse kernels win above {WORTHWHILE}"
     return LinearLayout(node.name, node.op_type, name, dtype, reduction, out, eligible, worthwhile, why)
-
-
-def _read(weights: OnnxWeights, name: str) -> NDArray[Any]:
-    """An initializer; those of 8 bits, whose types the reader does not know, through their bytes."""
-    tensor = weights.tensors[name]
-    if tensor.data_type not in (_INT8, _FLOAT8):
-        return weights.read(name)
-    import ml_dtypes
-
-    stored = tensor.data_type
-    tensor.data_type = _UINT8
-    try:
-        return weights.read(name).view(np.int8 if stored == _INT8 else ml_dtypes.float8_e4m3fn)
-    finally:
-        tensor.data_type = stored
 
 
 def summary(rows: tuple[LinearLayout, ...]) -> str:

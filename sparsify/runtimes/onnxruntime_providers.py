@@ -210,8 +210,9 @@ def cuda_options(settings: OrtSettings) -> dict[str, str]:
 def tensorrt_options(graph: Graph, settings: OrtSettings, cache: Path) -> dict[str, str]:
     """Options of the TensorRT provider; ``cache`` is created, for engines and timings.
 
-    Engines in the cache are run as they are, so the folder has to be the user's alone. ONNX Runtime names them by the
-    graph without its weights: the prefix is what keeps the engine of another mask from being taken for this one.
+    Engines in the cache are run as they are, so the folder has to be the user's alone. Whether ONNX Runtime's own names
+    tell weights apart was not tried (it takes a GPU): the prefix keeps the engine of another mask from being taken for
+    this one either way.
 
     Raises:
         OutputError: ``cache`` cannot be created, or others can write to it.
@@ -259,7 +260,7 @@ def is_two_four(folder: Path) -> bool:
 def profile(graph: Graph, settings: OrtSettings) -> dict[str, str]:
     """One optimisation profile that takes prompts and single steps alike, tuned for a step with half the cache full.
 
-    ONNX Runtime's TensorRT provider does not choose between profiles at run time, hence one.
+    One profile, because nothing in the options of ONNX Runtime's TensorRT provider says which of several a run takes.
 
     Raises:
         ModelError: an axis is none of batch, sequence, past and total.
