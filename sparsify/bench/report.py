@@ -103,9 +103,11 @@ def render_markdown(report: dict[str, Any]) -> str:
     for artifact in report["artifacts"]:
         if artifact["parity"]:
             p = artifact["parity"]
+            # Some graphs take no padding on the left, and then none was compared.
+            padding = "right padding" if p["left_padding"] is None else "left and right padding"
             lines.append(
                 f"- Parity of {artifact['target']} with PyTorch: largest difference {p['max_abs_diff']:.2g} over "
-                f"{p['n_compared']:,} logits (prefill, decode with cache, left and right padding, batch)."
+                f"{p['n_compared']:,} logits (prefill, decode with cache, {padding}, batch)."
             )
     lines += [f"- Notice: {text}" for text in report["notices"]]
     lines += [
