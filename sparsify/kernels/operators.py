@@ -27,3 +27,8 @@ def define(
     _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"sparsify::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.sparsify, name).default
+
+
+def implement(name: str, run: Callable[..., torch.Tensor], device: str) -> None:
+    """Compute the operator ``name`` by ``run`` where the dispatch key ``device`` applies."""
+    _LIBRARY.impl(name, run, device)

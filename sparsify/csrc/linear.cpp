@@ -1,0 +1,120 @@
+// One product: x is laid out for the path, then the rows of the weight are divided between threads.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "inputs.h"
+#include "pool.h"
+
+namespace sparsify {
+
+int64_t columns(const Product& p, Form form) {
+    if (quantised(form)) return 64;
+    return form == Form::plain ? lanes(p.x_type) : 32;
+}
+
+int64_t block_bytes(const Product& p, Form form) {
+    const int64_t cells = 16 * padded(p.weight.n_in, columns(p, form));
+    if (form == Form::plain) return cells * static_cast<int64_t>(size_of(p.x_type));
+    return cells * (form == Form::even_odd ? 4 : 2);
+}
+
+#ifdef SPARSIFY_HAS_AVX512
+
+namespace {
+
+using Rows = void (*)(const Product&, const Input&, int64_t, int64_t);
+
+constexpr int64_t kRows = 16;           // of a tile: what threads are given is a multiple
+constexpr int64_t kAlone = 64 << 10;    // bytes below which another thread costs more than it brings
+constexpr int64_t kTokens = 512;        // at once: what tiles make of them stays near the processor
+
+struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+};
+
+int useful(int threads, int64_t bytes) {
+    return static_cast<int>(std::min<int64_t>(threads, bytes / kAlone + 1));
+}
+
+int64_t bytes_of(const Weight& w) {
+    return w.n_values * static_cast<int64_t>(size_of(w.type)) + w.n_out * w.mask_stride();
+}
+
+void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_bytes) {
+    const int64_t stride = padded(p.weight.n_in, columns(p, form)), blocks = padded(p.tokens, 16) / 16;
+    Input input{p.x, form == Form::planes ? 2 * stride : stride, nullptr};
+    std::unique_ptr<char, Free> data;
+    std::vector<float> steps(quantised(form) ? static_cast<size_t>(p.tokens) : 0);
+    if (form != Form::plain || stride != p.weight.n_in) {
+        const int64_t width = block_bytes(p, form);
+        data.reset(static_cast<char*>(std::aligned_alloc(kRegister, static_cast<size_t>(blocks * width))));
+        if (!data) throw std::bad_alloc();
+        parallel_for(blocks, 1, useful(threads, blocks * width), [&](int64_t begin, int64_t end) {
+            lay_out_avx512(p, form, data.get(), steps.data(), begin, end);
+        });
+        input = {data.get(), input.stride, steps.data()};
+    }
+    parallel_for(p.weight.n_out, kRows, useful(threads, weight_bytes * blocks),
+                 [&](int64_t begin, int64_t end) { rows(p, input, begin, end); });
+}
+
+}  // namespace
+
+void linear(const Product& p, Path path, int threads) {
+    const int64_t bytes = bytes_of(p.weight);
+    switch (path) {
+        case Path::avx512:
+            return run(p, p.weight.type == Type::bf16 ? Form::even_odd : Form::plain, rows_avx512, threads, bytes);
+#ifdef SPARSIFY_HAS_BF16
+        case Path::bf16: return run(p, Form::plain, rows_bf16, threads, bytes);
+#endif
+#ifdef SPARSIFY_HAS_VNNI
+        case Path::vnni: return run(p, Form::planes, rows_vnni, threads, bytes);
+#endif
+#ifdef SPARSIFY_HAS_AMX
+        case Path::amx: {
+            if (few(p)) return run(p, p.weight.type == Type::i8 ? Form::byte_tiles : Form::tiles, rows_amx, threads, bytes);
+            const auto row = [&](int64_t n) { return n * static_cast<int64_t>(size_of(p.x_type)); };
+            for (int64_t first = 0; first < p.tokens; first += kTokens) {
+                Product part = p;
+                part.x = static_cast<const char*>(p.x) + row(first * p.weight.n_in);
+                part.y = static_cast<char*>(p.y) + row(first * p.weight.n_out);
+                part.tokens = std::min(kTokens, p.tokens - first);
+                run(part, Form::tiles, rows_amx, threads, bytes);
+            }
+            return;
+        }
+#endif
+        default: std::abort();  // supports() was not asked
+    }
+}
+
+void dense(const Product& p, int threads) {
+#ifdef SPARSIFY_HAS_BF16
+    run(p, Form::plain, dense_bf16, threads, p.weight.n_out * p.weight.n_in * 2);
+#else
+    (void)p, (void)threads;
+    std::abort();
+#endif
+}
+
+void expand(const Weight& weight, Type type, void* out, int64_t begin, int64_t end, int threads) {
+    const int64_t width = weight.n_in * static_cast<int64_t>(size_of(type));
+    parallel_for(end - begin, 1, useful(threads, (end - begin) * width), [&](int64_t from, int64_t to) {
+        expand_avx512(weight, type, static_cast<char*>(out) + from * width, begin + from, begin + to);
+    });
+}
+
+#else
+
+// Nothing to run: features() has nothing, and the module refuses before it comes here.
+void linear(const Product&, Path, int) { std::abort(); }
+void dense(const Product&, int) { std::abort(); }
+void expand(const Weight&, Type, void*, int64_t, int64_t, int) { std::abort(); }
+
+#endif
+
+}  // namespace sparsify

@@ -1,0 +1,92 @@
+// We link no OpenMP: a second runtime would have threads of its own, and two pools on the same cores wait for each
+// other. Instead the entry points are looked up in the runtime that is already loaded, the way torch's own calls
+// resolve: what is visible to all (a preloaded runtime) first, then what libtorch depends on.
+#include "pool.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+namespace sparsify {
+namespace {
+
+struct Runtime {
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+    int (*thread_num)() = nullptr;
+    int (*num_threads)() = nullptr;
+    int (*in_parallel)() = nullptr;
+    const char* name = "";
+};
+
+template <class Function>
+void look_up(void* library, const char* symbol, Function*& function) {
+    function = reinterpret_cast<Function*>(dlsym(library, symbol));
+}
+
+bool fill(void* library, Runtime& runtime) {
+    look_up(library, "GOMP_parallel", runtime.parallel);
+    look_up(library, "omp_get_thread_num", runtime.thread_num);
+    look_up(library, "omp_get_num_threads", runtime.num_threads);
+    look_up(library, "omp_in_parallel", runtime.in_parallel);
+    if (!runtime.parallel || !runtime.thread_num || !runtime.num_threads || !runtime.in_parallel) return false;
+    Dl_info info;
+    if (dladdr(reinterpret_cast<void*>(runtime.parallel), &info) && info.dli_fname) runtime.name = info.dli_fname;
+    return true;
+}
+
+Runtime find() {
+    Runtime runtime;
+    if (fill(RTLD_DEFAULT, runtime)) return runtime;
+    // RTLD_NOLOAD: only if torch is there already. The handle is kept: it is torch's for the life of the process.
+    if (void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
+        if (fill(torch, runtime)) return runtime;
+    }
+    return {};
+}
+
+const Runtime& runtime() {
+    static const Runtime found = find();
+    return found;
+}
+
+struct Region {
+    int64_t n, grain;
+    void (*body)(void*, int64_t, int64_t);
+    void* context;
+    std::atomic<bool> failed{false};
+};
+
+void share(void* data) {
+    Region& region = *static_cast<Region*>(data);
+    // The runtime may give fewer threads than were asked for.
+    const int64_t threads = runtime().num_threads(), thread = runtime().thread_num();
+    const int64_t blocks = (region.n + region.grain - 1) / region.grain;
+    const int64_t begin = blocks * thread / threads * region.grain;
+    const int64_t end = std::min(region.n, blocks * (thread + 1) / threads * region.grain);
+    // Nothing may be thrown through the runtime; all that a body throws is that it got no memory.
+    try {
+        if (begin < end) region.body(region.context, begin, end);
+    } catch (const std::bad_alloc&) {
+        region.failed = true;
+    }
+}
+
+}  // namespace
+
+const char* pool_name() { return runtime().name; }
+
+void parallel_for(int64_t n, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
+    if (n <= 0) return;
+    if (threads <= 1 || n <= grain || !runtime().parallel || runtime().in_parallel()) {
+        body(context, 0, n);
+        return;
+    }
+    Region region{n, grain, body, context, {}};
+    const int64_t blocks = (n + grain - 1) / grain;
+    runtime().parallel(share, &region, static_cast<unsigned>(std::min<int64_t>(threads, blocks)), 0);
+    if (region.failed) throw std::bad_alloc();
+}
+
+}  // namespace sparsify
