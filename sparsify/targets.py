@@ -19,7 +19,8 @@ class Options:
     Attributes:
         dense: target vllm: the plain checkpoint, which needs no plugin.
         layout: target onnx: genai, standard or auto.
-        precision: targets onnx (fp32) and tensorrt (fp16): of weights and arithmetic.
+        precision: targets onnx (fp32) and tensorrt (fp16): of weights and arithmetic; target vllm: int8 rounds the
+            values of packed weights.
         provider: target onnx: execution provider that the graph is for.
         opset: targets onnx (layout standard) and tensorrt.
         compress: target onnx: pruned weights packed in the file.
@@ -58,7 +59,8 @@ def _vllm(
     if options.dense:
         export_hf(checkpoint, out)
         return {}
-    return export_compressed(checkpoint, out, body["linears"], trust_remote_code=trust)
+    int8 = options.precision == "int8"
+    return export_compressed(checkpoint, out, body["linears"], int8=int8, trust_remote_code=trust)
 
 
 def _onnx(
@@ -110,7 +112,7 @@ class Target:
 
 TARGETS = {
     "hf": Target(_hf),
-    "vllm": Target(_vllm, frozenset({"dense"})),
+    "vllm": Target(_vllm, frozenset({"dense", "precision"})),
     "onnx": Target(_onnx, frozenset({"layout", "precision", "provider", "opset", "compress"}), "onnx"),
     "tensorrt": Target(_tensorrt, frozenset({"precision", "opset", "engine", "require_sparse"}), "onnx"),
 }
@@ -161,6 +163,15 @@ def check_options(options: Options, targets: Sequence[str]) -> None:
             api = load_tensorrt(chosen.runtime)
             check_opset(api, options.opset or OPSET)
             check_gpu(api, refit=chosen.refit)
+    # Where another target is exported too, what vllm has not is about that one.
+    if options.precision is not None and not {"onnx", "tensorrt"} & set(targets):
+        if options.precision != "int8":
+            raise UsageError(
+                f"--precision {options.precision} is unknown to target vllm; int8 rounds packed weights to 8 bits, "
+                "leave it out to keep them as they are"
+            )
+        if options.dense:
+            raise UsageError("--precision int8 is for packed weights, and --dense packs none; leave one of them out")
     if options.compress and options.provider == "tensorrt":
         raise UsageError("--compress is for ONNX Runtime's own providers; TensorRT reads dense weights, leave it out")
     if options.compress and options.precision in ("int8", "int4"):
@@ -169,4 +180,7 @@ def check_options(options: Options, targets: Sequence[str]) -> None:
 
 def options_for(options: Options, target: str) -> Options:
     """``options`` without those that ``target`` has not, for one of several targets."""
-    return Options(**{name: getattr(options, name) for name in TARGETS[target].options})
+    own = {name: getattr(options, name) for name in TARGETS[target].options}
+    if target == "vllm" and (options.dense or options.precision != "int8"):
+        del own["precision"]
+    return Options(**own)

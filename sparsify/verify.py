@@ -40,7 +40,8 @@ def verify(
         return body, [f"{folder / manifest.NAME}: key onnx is missing; export the artifact again"]
     onnx = body["kind"] in ("onnx", "tensorrt")
     # Rounding to fewer bits adds zeros where weights were tiny, and takes none away.
-    counts = body["onnx"].get("zeros") if onnx else None
+    rounded = body["onnx"] if onnx else body.get("rounded")
+    counts = rounded.get("zeros") if isinstance(rounded, dict) else None
     weights = _onnx_linears(folder, body) if onnx else _checkpoint_linears(folder, trust_remote_code)
     rows = {row["name"]: row for row in body["linears"]}
     orders: dict[str, torch.Tensor] = {}

@@ -67,18 +67,40 @@ def read_by_another(file: bytes, module: str) -> NDArray[Any]:
 
     dtype = header[f"{module}.weight"]["dtype"]
     version, n_out, n_in, n, m, *checks = part("weight_check", "<i8").tolist()
-    values, mask = part("weight", {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}[dtype]), part("weight_mask", "u1")
+    kinds = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "I8": "i1"}
+    values, mask = part("weight", kinds[dtype]), part("weight_mask", "u1")
     perm = part("weight_perm", "<i4") if checks[2] != -1 else None
+    parts = [values, mask, perm]
+    if version == 2:
+        assert dtype == "I8"
+        wide = ["BF16", "F16", "F32"][checks.pop() - 1]
+        dtype += f" {wide}"
+        parts.append(part("weight_scale", "<f4"))
     line = zlib.crc32(f"sparsify {version} {n_out} {n_in} {n} {m} {dtype}".encode())
-    assert checks == [-1 if tensor is None else zlib.crc32(tensor.tobytes(), line) for tensor in (values, mask, perm)]
+    assert checks == [-1 if tensor is None else zlib.crc32(tensor.tobytes(), line) for tensor in parts]
     keep = np.unpackbits(mask, axis=1, bitorder="little")[:, :n_in] == 1
     if m:
         assert (keep.reshape(n_out, -1, m).sum(axis=2) == n).all()
+    values = values.flatten()
+    if version == 2:
+        assert values.min(initial=0) >= -127
+        values = rounded(parts[3].repeat(keep.sum(axis=1)), values, wide)
     stored = np.zeros((n_out, n_in), values.dtype)
-    stored[keep] = values.flatten()
+    stored[keep] = values
     weight = np.empty_like(stored)
     weight[:, slice(None) if perm is None else perm] = stored
     return weight
+
+
+def rounded(scale: NDArray[Any], codes: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """The bits of ``scale * codes``, multiplied in float32 and rounded to ``dtype``."""
+    with np.errstate(over="ignore"):
+        product = scale * codes.astype(np.float32)
+        if dtype == "F16":
+            return product.astype(np.float16).view("<u2")
+    whole = product.view("<u4")
+    # To the nearest, and from the middle to the even one.
+    return whole if dtype == "F32" else ((whole + 0x7FFF + (whole >> 16 & 1)) >> 16).astype("<u2")
 
 
 def assert_holds(packed: Packed, weight: torch.Tensor) -> None:

@@ -14,13 +14,22 @@ from safetensors.torch import load_file, save_file
 
 from sparsify.checkpoint import INDEX, open_shard, read_config
 from sparsify.errors import ModelError
-from sparsify.format.packed import encode
+from sparsify.format.packed import encode, quantise
 from sparsify.format.reader import CompressedReader, open_checkpoint
-from sparsify.format.record import CHECK, MASK, PERM, VALUES, to_tensors
+from sparsify.format.record import CHECK, MASK, PERM, SCALE, VALUES, to_tensors
 from sparsify.format.storage import Storage, read_storage
 from sparsify.types import NofM
 from tests.test_format import Tensors, random_order, random_weight, same
 from tests.test_format_parts import attempt, shape_of
+
+
+def of_codes() -> torch.Tensor:
+    """2:4 with a largest value of 127 / 128 in each row: rounded to 8 bits it is what it was."""
+    codes = torch.randint(-126, 127, (4, 12), generator=torch.Generator().manual_seed(5))
+    codes[:, ::2] = 0
+    codes[:, 1] = 127
+    return (codes / 128).to(torch.bfloat16)
+
 
 # Two of one shape and pattern, whose parts could be taken for each other.
 TINY = {
@@ -30,6 +39,7 @@ TINY = {
     "layers.1.up": (
         random_weight(4, 16, torch.float32, NofM(4, 8), 4)[:, random_order(16).argsort()], NofM(4, 8), random_order(16)
     ),
+    "layers.1.int8": (of_codes(), NofM(2, 4), None),
 }  # fmt: skip
 ENTRY_DTYPES = [
     "BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "I16", "U16", "F16", "BF16",
@@ -43,9 +53,10 @@ def write_tiny(folder: Path, shards: int = 1) -> Path:
     folder.mkdir()
     tensors = {"norm.weight": torch.ones(5, dtype=torch.bfloat16), "embed.weight": torch.arange(24.0).view(6, 4)}
     for module, (weight, pattern, perm) in TINY.items():
-        parts = to_tensors(encode(weight, pattern, perm))
+        packed = encode(weight, pattern, perm)
+        parts = to_tensors(quantise(packed) if module.endswith("int8") else packed)
         tensors |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
-    config = {"model_type": "tiny", "quantization_config": Storage(("embed",)).to_dict()}
+    config = {"model_type": "tiny", "quantization_config": Storage(("embed",), int8=True).to_dict()}
     (folder / "config.json").write_text(json.dumps(config))
     names = sorted(tensors)
     if shards == 1:
@@ -173,7 +184,7 @@ def file_names(data: bytes, rng: random.Random) -> bytes:
     name, other = rng.sample(list(header), 2)
     module = name.rpartition(".")[0]
     new = rng.choice(
-        (other, f"{module}.{rng.choice((VALUES, MASK, CHECK, PERM))}", f"{name}x", "", "ü\u0000", "weight")
+        (other, f"{module}.{rng.choice((VALUES, MASK, CHECK, PERM, SCALE))}", f"{name}x", "", "ü\u0000", "weight")
     )
     match rng.choice(("rename", "swap names", "swap offsets", "remove", "copy", "twice")):
         case "rename":
@@ -284,22 +295,24 @@ def rename(old: str, new: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("part", "named", "words"),
+    ("module", "part", "named", "words"),
     [
-        (CHECK, f"{MASK}|{PERM}", f"has no {CHECK} beside it"),
-        (MASK, MASK, "is missing"),
-        (VALUES, VALUES, "is missing"),
-        (PERM, PERM, "is missing"),
+        ("up", CHECK, f"{MASK}|{PERM}", f"has no {CHECK} beside it"),
+        ("up", MASK, MASK, "is missing"),
+        ("up", VALUES, VALUES, "is missing"),
+        ("up", PERM, PERM, "is missing"),
+        ("int8", SCALE, SCALE, "is missing"),
+        ("int8", CHECK, f"{MASK}|{SCALE}", f"has no {CHECK} beside it"),
     ],
 )
-def test_parts_under_another_name_are_missed(part: str, named: str, words: str, tmp_path: Path) -> None:
+def test_parts_under_another_name_are_missed(module: str, part: str, named: str, words: str, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model")
-    rename(f"layers.1.up.{part}", f"layers.1.up.other_{part}")(folder)
-    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor layers\.1\.up\.({named}) {words}"):
+    rename(f"layers.1.{module}.{part}", f"layers.1.{module}.other_{part}")(folder)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor layers\.1\.{module}\.({named}) {words}"):
         read_all(folder)
 
 
-FORMATS: list[Any] = [2, 0, -1, True, "1", None, 1.5, [1], {}, ...]
+FORMATS: list[Any] = [3, 0, -1, True, "1", None, 1.5, [1], {}, ...]
 IGNORES: list[Any] = ["lm_head", None, 1, {"lm_head": 1}, [1], ["lm_head", None], True]
 
 
@@ -345,9 +358,11 @@ def test_a_checkpoint_from_which_tensors_are_gone(tmp_path: Path) -> None:
 
 
 def test_storage_reads_what_it_writes_and_leaves_others_alone() -> None:
-    for storage in (Storage(), Storage(("lm_head", "model.layers.0.mlp.gate")), Storage(digest="9f")):
+    named = Storage(("lm_head", "model.layers.0.mlp.gate"))
+    for storage in (Storage(), named, Storage(digest="9f"), Storage(int8=True)):
         assert read_storage(json.loads(json.dumps(storage.to_dict()))) == storage
     assert read_storage({"quant_method": "sparsify", "format": 1}) == Storage()
+    assert read_storage({"quant_method": "sparsify", "format": 2}) == Storage(int8=True)
     others: list[Any] = [
         None,
         [],

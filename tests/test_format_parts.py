@@ -17,12 +17,12 @@ from tests.test_format_record import fields, forge, stored
 
 T = TypeVar("T")
 
-KINDS = ["2:4", "3:7", "odd", "moved"]
+KINDS = ["2:4", "3:7", "odd", "moved", "int8 2:4", "int8 odd", "int8 moved"]
 DTYPES = [
     torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.bool, torch.int16,
     torch.uint16, torch.int32, torch.int64, torch.uint64, torch.float8_e4m3fn, torch.complex64,
 ]  # fmt: skip
-FIELDS = ["version", "n_out", "n_in", "n", "m", "values", "mask", "perm"]
+FIELDS = ["version", "n_out", "n_in", "n", "m", "values", "mask", "perm", "scale", "dtype"]
 NUMBERS = [0, 1, 2, 3, 4, 7, 8, 12, 13, 14, 15, 16, 32, -1, -2, 2**16, 2**31 - 1, 2**31, 2**32, 2**62, -(2**63)]
 
 
@@ -99,8 +99,8 @@ def borrow(tensors: Tensors, part: str, rng: random.Random) -> None:
 
 def count_otherwise(tensors: Tensors, part: str, rng: random.Random) -> None:
     check = tensors.get(CHECK)
-    if check is not None and check.shape == (8,) and check.dtype == torch.int64:
-        fields(**{rng.choice(FIELDS): rng.choice(NUMBERS)})(tensors)
+    if check is not None and check.shape in ((8,), (10,)) and check.dtype == torch.int64:
+        fields(**{rng.choice(FIELDS[: len(check)]): rng.choice(NUMBERS)})(tensors)
 
 
 MUTATIONS = [

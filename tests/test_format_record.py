@@ -8,29 +8,43 @@ import torch
 
 from sparsify.errors import ModelError
 from sparsify.format.bits import unpack_bits
-from sparsify.format.packed import decode, encode
-from sparsify.format.record import CHECK, MASK, PERM, VALUES, from_tensors, is_complete, to_tensors
+from sparsify.format.packed import decode, encode, quantise
+from sparsify.format.record import CHECK, MASK, PERM, SCALE, VALUES, from_tensors, is_complete, to_tensors
 from sparsify.types import NofM, parse_pattern
 from tests.test_format import NAMES, PATTERNS, Tensors, bits, random_order, random_weight
 
 
+def finite(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` with ordinary numbers where it has values."""
+    values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    return torch.where(bits(weight) != 0, values, 0.0).to(weight.dtype)
+
+
 def stored(kind: str) -> Tensors:
-    """The parts of a weight with a pattern, without one, of an odd width, or in another order; no two bytes shared."""
+    """The parts of a weight with a pattern, without one, of an odd width, or in another order; no two bytes shared.
+
+    The same with values in 8 bits where ``kind`` begins with ``int8``.
+    """
     weight, pattern, perm = {
         "2:4": (random_weight(8, 16, torch.bfloat16, NofM(2, 4), 1), NofM(2, 4), None),
         "3:7": (random_weight(4, 14, torch.float16, NofM(3, 7), 2), NofM(3, 7), None),
         "odd": (random_weight(3, 13, torch.float32, None, 3), None, None),
         "moved": (random_weight(8, 16, torch.bfloat16, NofM(2, 4), 4), NofM(2, 4), random_order(16, 4)),
-    }[kind]
+    }[kind.removeprefix("int8 ")]
+    quantised = kind.startswith("int8 ")
+    weight = finite(weight) if quantised else weight
     packed = encode(weight if perm is None else weight[:, perm.argsort()], pattern, perm)
+    packed = quantise(packed) if quantised else packed
     return {part: tensor.clone() for part, tensor in to_tensors(packed).items()}
 
 
 def forge(tensors: Tensors) -> None:
     """Make the checksums right for whatever the parts hold now."""
     check = tensors[CHECK]
-    line = zlib.crc32(f"sparsify {' '.join(map(str, check[:5].tolist()))} {NAMES[tensors[VALUES].dtype]}".encode())
-    for i, part in enumerate((VALUES, MASK, PERM), 5):
+    wide = {1: "BF16", 2: "F16", 3: "F32"}
+    dtype = NAMES[tensors[VALUES].dtype] if len(check) == 8 else f"I8 {wide.get(int(check[9]))}"
+    line = zlib.crc32(f"sparsify {' '.join(map(str, check[:5].tolist()))} {dtype}".encode())
+    for i, part in enumerate((VALUES, MASK, PERM, SCALE), 5):
         if part in tensors:
             check[i] = zlib.crc32(tensors[part].contiguous().flatten().view(torch.uint8).numpy().tobytes(), line)
 
@@ -48,7 +62,7 @@ def change(part: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[
 
 def fields(**values: int) -> Callable[[Tensors], None]:
     """Other numbers in the check tensor."""
-    places = ("version", "n_out", "n_in", "n", "m", "values", "mask", "perm")
+    places = ("version", "n_out", "n_in", "n", "m", "values", "mask", "perm", "scale", "dtype")
 
     def edit(tensors: Tensors) -> None:
         for name, value in values.items():
@@ -182,9 +196,10 @@ def test_what_is_wrong_is_named(kind: str, edit: Callable[[Tensors], object], pa
 
 
 def test_forged_checksums_are_what_an_encoder_writes() -> None:
-    for kind in ("2:4", "3:7", "odd", "moved"):
+    for kind in ("2:4", "3:7", "odd", "moved", "int8 2:4", "int8 odd", "int8 moved"):
         tensors = stored(kind)
         tensors[CHECK][5:7] = 0
+        tensors[CHECK][8:9] = 0
         forge(tensors)
         assert torch.equal(tensors[CHECK], stored(kind)[CHECK])
 

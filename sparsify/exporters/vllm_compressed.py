@@ -17,16 +17,16 @@ from sparsify.checkpoint import (
     write_index,
     write_shard,
 )
-from sparsify.errors import ModelError
+from sparsify.errors import ModelError, UsageError
 from sparsify.exporters.hf import SHARD_BYTES
 from sparsify.files import write_json
-from sparsify.format.packed import DTYPES, Packed, encode, fits
+from sparsify.format.packed import DTYPES, Packed, encode, fits, quantise
 from sparsify.format.reader import CompressedReader, open_checkpoint
 from sparsify.format.record import to_tensors
 from sparsify.format.storage import KEY, SERVED, Storage
 from sparsify.manifest import PERMUTATIONS
 from sparsify.model import load_skeleton
-from sparsify.naming import Binding
+from sparsify.naming import Binding, linear_weights
 from sparsify.types import NofM, parse_pattern
 
 # Settings of a model that vLLM does not implement, though it knows the type.
@@ -38,6 +38,7 @@ def export_compressed(
     out: Path,
     linears: list[dict[str, Any]],
     *,
+    int8: bool = False,
     trust_remote_code: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
@@ -50,16 +51,19 @@ def export_compressed(
         checkpoint: pruned checkpoint.
         out: existing, empty folder.
         linears: rows of the manifest.
+        int8: round the values that are packed to 8 bits and a scale for each output.
         trust_remote_code: let the model's own code load.
         shard_bytes: a shard is closed when it has reached this size.
 
     Returns:
         for the manifest, ``storage``: counts of linears ``packed`` by pattern, ``dense`` (pruned, and stored dense),
-        ``packed_bytes``, and ``dense_bytes`` of the same weights.
+        ``packed_bytes``, and ``dense_bytes`` of the same weights; where values were rounded also their dtype in
+        ``values``, and ``rounded`` with the exact zeros of each linear, to which small weights were added.
 
     Raises:
         ModelError: the checkpoint cannot be read, or vLLM's loader for its model type is not known to take packed
             weights.
+        UsageError: a weight that is to be rounded holds NaN or Inf; names the tensor.
         OutputError: disk full, not writable.
     """
     config = read_config(checkpoint)
@@ -71,7 +75,7 @@ def export_compressed(
     unknown = _NOT_IN_VLLM.get(config["model_type"], "")
     if config.get(unknown):
         raise ModelError(f"{checkpoint / 'config.json'}: key {unknown} is set, which vLLM does not implement")
-    plan = _Plan(checkpoint, linears, trust_remote_code)
+    plan = _Plan(checkpoint, linears, int8, trust_remote_code)
     shards: dict[str, dict[str, int]] = {}
     for i, tensors in enumerate(_batches(plan.tensors(), shard_bytes), 1):
         file = f"model-{i:05d}.safetensors"
@@ -82,17 +86,22 @@ def export_compressed(
     else:
         write_index(out, shards)
     ignore = tuple(name.removesuffix(".weight") for name in plan.dense_matrices)
-    storage = Storage(ignore, CompressedReader(out).digest)
+    int8 = int8 and bool(plan.packed)
+    storage = Storage(ignore, CompressedReader(out).digest, int8)
     write_json(out / "config.json", {**portable_config(config), KEY: storage.to_dict()})
     copy_side_files(checkpoint, out)
-    return {
-        "storage": {
-            "packed": dict(sorted(plan.packed.items())),
-            "dense": plan.left_dense,
-            "packed_bytes": plan.packed_bytes,
-            "dense_bytes": plan.dense_bytes,
-        }
+    facts: dict[str, Any] = {
+        "packed": dict(sorted(plan.packed.items())),
+        "dense": plan.left_dense,
+        "packed_bytes": plan.packed_bytes,
+        "dense_bytes": plan.dense_bytes,
     }
+    if not int8:
+        return {"storage": facts}
+    names = {row["name"] for row in linears}
+    weights = linear_weights(out, trust_remote_code=trust_remote_code)
+    zeros = {spec.name: int((weight == 0).sum()) for spec, weight in weights if spec.name in names}
+    return {"storage": {**facts, "values": "int8"}, "rounded": {"values": "int8", "zeros": zeros}}
 
 
 def _batches(tensors: Iterator[dict[str, torch.Tensor]], limit: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -124,7 +133,8 @@ def _has_layout(weight: torch.Tensor, pattern: NofM, perm: torch.Tensor | None) 
 class _Plan:
     """Which stored tensors hold pruned linears, and what has been written of them so far."""
 
-    def __init__(self, checkpoint: Path, linears: list[dict[str, Any]], trust_remote_code: bool) -> None:
+    def __init__(self, checkpoint: Path, linears: list[dict[str, Any]], int8: bool, trust_remote_code: bool) -> None:
+        self.int8 = int8
         self.reader = open_checkpoint(checkpoint)
         skeleton = load_skeleton(checkpoint, trust_remote_code=trust_remote_code)
         binding = Binding(self.reader, skeleton)
@@ -179,6 +189,11 @@ class _Plan:
         found = ((pattern, perm) for (pattern, _), perm in layouts if _has_layout(tensor, pattern, perm))
         pattern, perm = next(found, (None, None))
         packed = encode(tensor, pattern, perm)
+        if self.int8:
+            try:
+                packed = quantise(packed)
+            except UsageError as error:
+                raise UsageError(f"{self.reader.tensors[name].file}: tensor {name}: {error}") from None
         if packed.n_bytes >= tensor.nbytes:
             self.left_dense += 1
             return None

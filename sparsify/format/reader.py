@@ -11,7 +11,7 @@ import torch
 from sparsify.checkpoint import CheckpointReader, TensorInfo, read_config, read_tensors
 from sparsify.errors import ModelError
 from sparsify.format.packed import Packed, decode
-from sparsify.format.record import CHECK, MASK, PARTS, PERM, VALUES, from_tensors
+from sparsify.format.record import CHECK, DTYPE_NAMES, MASK, PARTS, PERM, SCALE, VALUES, from_tensors, read_header
 from sparsify.format.storage import KEY, read_storage
 
 
@@ -47,7 +47,7 @@ class CompressedReader(CheckpointReader):
         hidden = {f"{module}.{part}" for module in self.packed for part in PARTS}
         self.tensors = {name: info for name, info in self.stored.items() if name not in hidden}
         for name in self.tensors:
-            if name.endswith((f".{MASK}", f".{PERM}")):
+            if name.endswith((f".{MASK}", f".{PERM}", f".{SCALE}")):
                 raise ModelError(f"{self.tensors[name].file}: tensor {name} has no {CHECK} beside it; export again")
         checks: dict[str, list[int]] = {}
         for name, check in read_tensors(self.stored, (f"{module}.{CHECK}" for module in self.packed)):
@@ -57,11 +57,12 @@ class CompressedReader(CheckpointReader):
                     raise ModelError(f"{self.stored[name].file}: tensor {module}.{part} is missing; export again")
             values = self.stored[f"{module}.{VALUES}"]
             # Nothing is read from it before its dtype is known: there are some that torch cannot make numbers of.
-            sound = check.dtype == torch.int64 and tuple(check.shape) == (8,)
-            shape = tuple(check.tolist()[1:3]) if sound else ()
-            if not sound or min(shape) < 1:
+            header = read_header(check)
+            if header is None:
                 raise ModelError(f"{self.stored[name].file}: tensor {name} is malformed; export the model again")
-            self.tensors[f"{module}.{VALUES}"] = TensorInfo(values.file, shape, values.dtype)
+            shape, scaled_dtype = header
+            dtype = DTYPE_NAMES[scaled_dtype] if scaled_dtype else values.dtype
+            self.tensors[f"{module}.{VALUES}"] = TensorInfo(values.file, shape, dtype)
             checks[name] = check.tolist()
         self.digest = digest({name: (info.dtype, info.shape) for name, info in self.stored.items()}, checks)
 

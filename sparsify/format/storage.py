@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsify.errors import ModelError
-from sparsify.format.record import FORMAT
+from sparsify.format.record import FORMAT, INT8_FORMAT
 
 METHOD = "sparsify"
 KEY = "quantization_config"
@@ -27,14 +27,17 @@ class Storage:
         ignore: names of the modules whose 2-D weight is stored dense.
         digest: of names, shapes, dtypes and checks of all tensors (``CompressedReader.digest``); empty where whoever
             wrote the checkpoint did not know them.
+        int8: values of some linears are 8 bits and a scale. Only then is the checkpoint of format 2, which versions
+            that know no scale refuse.
     """
 
     ignore: tuple[str, ...] = ()
     digest: str = ""
+    int8: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As it is written to config.json."""
-        stored = {"quant_method": METHOD, "format": FORMAT, "ignore": list(self.ignore)}
+        stored = {"quant_method": METHOD, "format": INT8_FORMAT if self.int8 else FORMAT, "ignore": list(self.ignore)}
         return {**stored, "digest": self.digest} if self.digest else stored
 
 
@@ -47,13 +50,14 @@ def read_storage(value: Any, where: object = "config.json") -> Storage | None:
     if not isinstance(value, Mapping) or value.get("quant_method") != METHOD:
         return None
     version, ignore = value.get("format"), value.get("ignore", [])
-    if type(version) is not int or version != FORMAT:
+    if type(version) is not int or version not in (FORMAT, INT8_FORMAT):
         raise ModelError(
-            f"{where}: key {KEY}.format is {version!r}, this version of sparsify reads {FORMAT}; upgrade it"
+            f"{where}: key {KEY}.format is {version!r}, this version of sparsify reads {FORMAT} and {INT8_FORMAT}; "
+            "upgrade it"
         )
     if not isinstance(ignore, list | tuple) or not all(isinstance(name, str) for name in ignore):
         raise ModelError(f"{where}: key {KEY}.ignore is not a list of module names; export the model again")
     digest = value.get("digest", "")
     if not isinstance(digest, str):
         raise ModelError(f"{where}: key {KEY}.digest is not a string; export the model again")
-    return Storage(tuple(ignore), digest)
+    return Storage(tuple(ignore), digest, version == INT8_FORMAT)

@@ -27,6 +27,7 @@ def _packed_linear(
     values: torch.Tensor,
     mask: torch.Tensor,
     starts: torch.Tensor,
+    scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     n_out: int,
     n_in: int,
@@ -41,7 +42,9 @@ def _packed_linear(
     for i, start in enumerate(range(0, n_out, step)):
         stop = min(n_out, start + step)
         part = values[start:stop] if pattern else values[bounds[i] : bounds[i + 1]]
-        weight = decode(Packed((stop - start, n_in), pattern, part, mask[start:stop])).to(x.dtype)
+        of_rows = None if scale is None else scale[start:stop]
+        packed = Packed((stop - start, n_in), pattern, part, mask[start:stop], None, of_rows, x.dtype)
+        weight = decode(packed).to(x.dtype)
         slice_bias = None if bias is None else bias[start:stop]
         result[:, start:stop] = torch.nn.functional.linear(flat, weight, slice_bias)
     return result.view(*x.shape[:-1], n_out)
@@ -53,11 +56,11 @@ def rows_per_slice(n_in: int, device: torch.device) -> int:
 
 
 def _fake(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], rest[4]))
+    return x.new_empty((*x.shape[:-1], rest[5]))
 
 
 _OP = define(
-    "packed_linear(Tensor x, Tensor values, Tensor mask, Tensor starts, Tensor? bias, "
+    "packed_linear(Tensor x, Tensor values, Tensor mask, Tensor starts, Tensor? scale, Tensor? bias, "
     "SymInt n_out, SymInt n_in, int n, int m, int step) -> Tensor",
     _packed_linear,
     _fake,
@@ -74,6 +77,8 @@ def _prepare(packed: Packed) -> State:
     tensors = {"values": packed.values, "mask": packed.mask, "starts": before[edges]}
     if packed.perm is not None:
         tensors["perm"] = packed.perm
+    if packed.scale is not None:
+        tensors["scale"] = packed.scale
     n, m = (packed.pattern.n, packed.pattern.m) if packed.pattern else (0, 0)
     return State(tensors, {"n_out": n_out, "n_in": n_in, "n": n, "m": m, "step": step})
 
@@ -82,7 +87,7 @@ def _linear(
     x: torch.Tensor, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], bias: torch.Tensor | None
 ) -> torch.Tensor:
     result: torch.Tensor = _OP(
-        gathered(x, tensors), tensors["values"], tensors["mask"], tensors["starts"], bias,
+        gathered(x, tensors), tensors["values"], tensors["mask"], tensors["starts"], tensors.get("scale"), bias,
         sizes["n_out"], sizes["n_in"], sizes["n"], sizes["m"], sizes["step"],
     )  # fmt: skip
     return result

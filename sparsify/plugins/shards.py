@@ -126,9 +126,9 @@ class Shards:
     ) -> Packed | torch.Tensor:
         if isinstance(weight, Packed):
             # Copied: what a loader hands over may be a view of the file.
-            part = rows(weight, top, bottom)
+            part = rows(weight, top, bottom).to(self.cut.dtype)
             if part.perm is None or (left, right) == (0, part.shape[1]):
-                return columns(part, left, right).to(self.cut.dtype).to(self.cut.device)
+                return columns(part, left, right).to(self.cut.device)
             self.notes.append("its inputs are stored in another order, which ranks cannot share out")
             weight, top, bottom = decode(part), 0, bottom - top
         return weight[top:bottom, left:right].to(device=self.cut.device, dtype=self.cut.dtype, copy=True)
@@ -148,7 +148,10 @@ class Shards:
         parts = [self._done[i] for i in range(len(self.cut.names))]
         self._done = {}
         packed = [part for part in parts if isinstance(part, Packed)]
-        if len(packed) == len(parts):
+        n_scaled = sum(part.scale is not None for part in packed)
+        if len(packed) == len(parts) and 0 < n_scaled < len(parts):
+            self.notes.append("some of the weights fused into it are stored in 8 bits")
+        elif len(packed) == len(parts):
             try:
                 return stack(packed)
             except UsageError:

@@ -20,13 +20,22 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from sparsify.checkpoint import FLOATS, open_shard
 from sparsify.errors import ModelError
 from sparsify.format.packed import Packed, decode
-from sparsify.format.record import CHECK, MASK, PERM, VALUES, from_tensors
+from sparsify.format.record import PARTS, VALUES, from_tensors
 from sparsify.kernels.dispatch import choose
 from sparsify.plugins.sparse_linear import SparseLinear
 from sparsify.types import NofM
 
-# How a weight is stored: its pattern, and the order of columns in which it holds.
-Layout = tuple[NofM | None, torch.Tensor | None]
+# Parts that only a packed weight has.
+_BESIDE = frozenset(PARTS) - {VALUES}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight is stored: ``pattern``, the order of columns that it holds in, the scale of values in 8 bits."""
+
+    pattern: NofM | None
+    perm: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
 
 @dataclass
@@ -55,24 +64,28 @@ class Plan:
 
     def unpack(self, module: str, parts: Mapping[str, torch.Tensor]) -> Packed | torch.Tensor:
         """The weight of ``module``, checked if it is packed."""
-        if len(parts) == 1 and not parts.keys() & {MASK, CHECK, PERM}:
+        if len(parts) == 1 and not parts.keys() & _BESIDE:
             return next(iter(parts.values()))
         if VALUES in parts and module in self.dtypes:
             # transformers before 5.21 widens what is to stay in float32 as it is read.
             parts = {**parts, VALUES: parts[VALUES].to(self.dtypes[module])}
         packed = from_tensors(module, parts, where=self.files.get(module, ""))
-        self.layouts[module] = packed.pattern, None if packed.perm is None else packed.perm.cpu().clone()
+        perm, scale = (None if part is None else part.cpu().clone() for part in (packed.perm, packed.scale))
+        self.layouts[module] = Layout(packed.pattern, perm, scale)
         return packed
 
-    def cast(self, parameter: str, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` in the dtype that ``parameter`` is to have."""
-        return weight.to(self.skeleton[parameter][1]) if weight.is_floating_point() else weight
+    def dense(self, parameter: str, weight: Packed | torch.Tensor) -> torch.Tensor:
+        """``weight`` in the dtype that ``parameter`` is to have; one that is scaled is rounded to it once."""
+        dtype = self.skeleton[parameter][1]
+        if isinstance(weight, Packed):
+            return decode(weight.to(dtype))
+        return weight.to(dtype) if weight.is_floating_point() else weight
 
 
 def split_name(name: str) -> tuple[str, str]:
     """Module and part of a tensor that belongs to a packed weight; ``""`` is the part of any other."""
     module, _, part = name.rpartition(".")
-    return (module, part) if part in (VALUES, MASK, CHECK, PERM) else (name, "")
+    return (module, part) if part in PARTS else (name, "")
 
 
 class Unpacking(WeightConverter):
@@ -121,7 +134,7 @@ class Unpacking(WeightConverter):
         found: dict[str, list[torch.Tensor]] = defaultdict(list)
         for pattern, module, parts in self._stored():
             weight = self.plan.unpack(module, parts)
-            found[pattern].append(self.plan.cast(target, decode(weight) if isinstance(weight, Packed) else weight))
+            found[pattern].append(self.plan.dense(target, weight))
         return dict(found)
 
     def _stored(self) -> Iterator[tuple[str, str, dict[str, torch.Tensor]]]:
@@ -166,7 +179,7 @@ class Whole(Unpacking):
         (_, module, parts), *_ = self._stored()
         weight = self.plan.unpack(module, parts)
         if not isinstance(weight, Packed):
-            return {layer_name: self.plan.cast(layer_name, weight)}
+            return {layer_name: self.plan.dense(layer_name, weight)}
         shape, dtype = self.plan.skeleton[layer_name]
         if weight.shape != tuple(shape):
             place = self.plan.files.get(module, "checkpoint")
@@ -182,7 +195,7 @@ class Whole(Unpacking):
                 loading_info.missing_keys.discard(layer_name)
                 return {}
             self.plan.refused += [reason] if reason else []
-        return {layer_name: self.plan.cast(layer_name, decode(weight))}
+        return {layer_name: self.plan.dense(layer_name, weight)}
 
 
 def put_kernel(model: nn.Module, name: str, packed: Packed, kernel: str) -> str | None:
@@ -211,6 +224,6 @@ def scan(files: Iterable[str]) -> tuple[dict[str, Path], dict[str, torch.dtype]]
                 module, part = split_name(name)
                 if part == VALUES and (dtype := FLOATS.get(shard.get_slice(name).get_dtype())):
                     dtypes[module] = dtype
-                elif part in (MASK, CHECK, PERM):
+                elif part in _BESIDE:
                     modules[module] = file
     return modules, dtypes

@@ -9,8 +9,8 @@ from torch.nn import Parameter
 
 from sparsify.errors import ModelError
 from sparsify.format import legacy
-from sparsify.format.packed import decode
-from sparsify.format.record import PARTS, PERM, VALUES, from_tensors, is_complete
+from sparsify.format.packed import Packed, decode
+from sparsify.format.record import PARTS, VALUES, from_tensors, is_complete
 from sparsify.kernels.dispatch import AUTO, DENSE
 from sparsify.plugins.engaged import Engaged
 from sparsify.plugins.vllm_loading import Loading
@@ -99,11 +99,15 @@ class _Collector:
             del self._waiting[expert_id, shard_id]
             if self._local(expert_id) == -1:
                 return self._keep(None, shard_id, expert_id, options)
-            name = f"{self.prefix}.{expert_id}.{shard_id}"
-            packed = legacy.from_legacy(name, parts, self.legacy) if self.legacy else from_tensors(name, parts)
-            return self._keep(decode(packed), shard_id, expert_id, options)
+            packed = self._read(expert_id, shard_id, parts)
+            # vLLM would cast it too, and round what is scaled twice.
+            return self._keep(decode(packed.to(self.parameter.dtype)), shard_id, expert_id, options)
 
         return load
+
+    def _read(self, expert: int, shard: str, parts: dict[str, torch.Tensor]) -> Packed:
+        name = f"{self.prefix}.{expert}.{shard}"
+        return legacy.from_legacy(name, parts, self.legacy) if self.legacy else from_tensors(name, parts)
 
     def _keep(self, weight: torch.Tensor | None, shard_id: str, expert_id: int, options: dict[str, Any]) -> Any:
         """Hand a dense weight to vLLM, unless another rank computes this expert."""
@@ -123,8 +127,8 @@ class _Collector:
             ModelError: names the first expert that lacks something.
         """
         for (expert, shard), parts in self._waiting.items():
-            missing = sorted(set(self.parts) - set(parts) - {PERM, legacy.OFFSETS})
-            raise ModelError(f"tensor {self.prefix}.{expert}.{shard}.{missing[0]} is missing; export the model again")
+            self._read(expert, shard, parts)  # says which part is missing
+            raise ModelError(f"tensor {self.prefix}.{expert}.{shard}.{VALUES} lacks a part; export the model again")
         for expert in range(0 if dummy else self._global):
             for shard in self.shards:
                 if (expert, shard) not in self._loaded and self._local(expert) != -1:
