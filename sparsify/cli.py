@@ -12,7 +12,7 @@ import typer
 from sparsify import __version__
 from sparsify.artifacts import decompress_command, inspect_command, refit_command
 from sparsify.errors import SparsifyError
-from sparsify.inform import doctor_command, methods_command
+from sparsify.inform import compiled_kernels, doctor_command, methods_command
 from sparsify.options import (
     Bos,
     Calibration,
@@ -53,6 +53,7 @@ from sparsify.options import (
     merge_settings,
     required,
 )
+from sparsify.tuning_command import tune_command
 
 if TYPE_CHECKING:
     pass
@@ -76,7 +77,7 @@ app = typer.Typer(
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"sparsify {__version__}")
+        typer.echo(f"sparsify {__version__}, {compiled_kernels()}")
         raise typer.Exit
 
 
@@ -290,7 +291,7 @@ def eval_command(
     ] = None,
     kernel: Annotated[
         str | None,
-        typer.Option(help="vllm: auto, dense or a kernel that `sparsify doctor` lists.", show_default="auto"),
+        typer.Option(help="torch, vllm: auto, dense or a kernel that `sparsify doctor` lists.", show_default="auto"),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="vllm: processes that share the model.")] = 1,
     python: Annotated[
@@ -391,6 +392,7 @@ def eval_command(
 app.command("inspect")(inspect_command)
 app.command("decompress")(decompress_command)
 app.command("refit")(refit_command)
+app.command("tune")(tune_command)
 app.command("methods")(methods_command)
 app.command("doctor")(doctor_command)
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from sparsify.errors import SparsifyError
 from sparsify.extras import absent
+from sparsify.kernels import native
 from sparsify.kernels.dispatch import KERNELS
+from sparsify.kernels.table import places, read, threads_of
 from sparsify.manifest import versions
 from sparsify.plugins.vllm_plugin import supported
 from sparsify.targets import TARGETS
@@ -47,6 +49,9 @@ def diagnose() -> dict[str, Any]:
     for kernel in KERNELS.values():
         why = kernel.absent(device)
         check(f"kernel {kernel.name}", why is None, why or kernel.summary)
+    check("compiled kernels", *_compiled())
+    for each in dict.fromkeys((torch.device("cpu"), device)):
+        check(f"kernels measured on {each.type}", *_measured(each))
     check(*_embedded())
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
@@ -61,6 +66,23 @@ def diagnose() -> dict[str, Any]:
         "versions": versions("torch", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "gguf"),
         "checks": checks,
     }
+
+
+def _compiled() -> tuple[bool, str]:
+    if why := native.missing():
+        return False, why
+    pool = native.pool() or "none, products take one thread"
+    found = ", ".join(sorted(native.features()))
+    return bool(found), f"{found or 'nothing that this CPU can run'}; threads of {pool}"
+
+
+def _measured(device: Any) -> tuple[bool, str]:
+    """Whether ``auto`` has a table to choose by."""
+    threads = f" with {threads_of(device)} threads" if threads_of(device) else ""
+    for where, path in places(device).items():
+        if path.exists() and (table := read(path, device)) is not None:
+            return True, f"{where}: {len(table.entries)} weights{threads}, {path}"
+    return False, f"not{threads}: auto is dense here; run sparsify tune --device {device.type}"
 
 
 def _vllm() -> tuple[bool, str]:

@@ -70,6 +70,15 @@ def _by_kind(values: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
     return [(value, f"{kind}: ") for value, kind in values]
 
 
+def compiled_kernels() -> str:
+    """Whether this install has the compiled kernels, and which instructions they find here; without torch."""
+    try:
+        from sparsify import _kernels
+    except ImportError:
+        return "without compiled kernels"
+    return f"with compiled kernels ({', '.join(_kernels.features()) or 'none that this CPU can run'})"
+
+
 def doctor_command(json: Json = False) -> None:
     """Say what this machine can run and what is missing."""
     from sparsify.console import print_json, print_line, print_table

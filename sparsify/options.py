@@ -100,8 +100,8 @@ Layout = Annotated[
 Precision = Annotated[
     str | None,
     typer.Option(
-        help="Targets onnx, tensorrt: fp32, fp16, bf16; onnx in layout genai also int8, int4.",
-        show_default="onnx fp32, tensorrt fp16",
+        help="Targets onnx, tensorrt: fp32, fp16, bf16; onnx in layout genai also int8, int4; vllm: int8.",
+        show_default="onnx fp32, tensorrt fp16, vllm as it is",
     ),
 ]
 Provider = Annotated[

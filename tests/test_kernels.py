@@ -14,7 +14,7 @@ from torch.sparse import _semi_structured_conversions
 from sparsify.errors import UsageError
 from sparsify.format.packed import DTYPES, Packed, decode, encode
 from sparsify.kernels import semi_structured
-from sparsify.kernels.dispatch import AUTO, DENSE, KERNELS, check_request, choose
+from sparsify.kernels.dispatch import AUTO, DENSE, KERNELS, NATIVE, check_request, choose
 from sparsify.kernels.kernel import Kernel
 from sparsify.kernels.packed_reference import PACKED, rows_per_slice
 from sparsify.kernels.semi_structured import CUSPARSELT, CUTLASS, cutlass_meta
@@ -154,7 +154,7 @@ def test_the_packed_operator_is_what_torch_asks_of_one(pattern: NofM | None, dty
     tensors = [state.tensors[name] for name in ("values", "mask", "starts")]
     sizes = [state.sizes[name] for name in ("n_out", "n_in", "n", "m", "step")]
     for x, bias in ((random(5, 64, dtype=dtype), None), (random(2, 3, 64, dtype=dtype), random(24, dtype=dtype))):
-        torch.library.opcheck(torch.ops.sparsify.packed_linear.default, (x, *tensors, bias, *sizes))
+        torch.library.opcheck(torch.ops.sparsify.packed_linear.default, (x, *tensors, None, bias, *sizes))
 
 
 @pytest.mark.parametrize("perm", [False, True], ids=["", "permuted"])
@@ -317,7 +317,8 @@ def test_weights_that_every_kernel_takes(dtype: torch.dtype) -> None:
     for n_out, n_in in ((32, 64), (576, 1536), (192, 576), (1536, 576)):
         for perm in (False, True):
             packed = random_packed(n_out, n_in, TWO_OF_FOUR, dtype, perm)
-            assert [kernel.refuse(packed) for kernel in KERNELS.values()] == [None] * 3
+            takes = [kernel for kernel in KERNELS.values() if kernel is not NATIVE or dtype != torch.float16]
+            assert [kernel.refuse(packed) for kernel in takes] == [None] * len(takes)
     assert CUSPARSELT.refuse(random_packed(16, 16, TWO_OF_FOUR, dtype)) is None
     assert CUTLASS.refuse(random_packed(16, 16, TWO_OF_FOUR, dtype)) is not None
     for pattern in PATTERNS:
@@ -360,7 +361,7 @@ def test_builds_of_torch_without_the_library(monkeypatch: pytest.MonkeyPatch) ->
 def test_requests() -> None:
     for requested in (AUTO, DENSE, "packed"):
         check_request(requested, CPU)
-    with pytest.raises(UsageError, match="kernel 'fast' is unknown; choose auto, dense, packed, cusparselt, cutlass"):
+    with pytest.raises(UsageError, match="kernel 'fast' is unknown; choose auto, dense, packed, native, triton, "):
         check_request("fast", CPU)
     for requested in ("cusparselt", "cutlass"):
         with pytest.raises(UsageError, match=f"kernel {requested} cannot run on cpu: it runs on NVIDIA GPUs only; "):
@@ -373,9 +374,8 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     two_of_four = random_packed(64, 64, TWO_OF_FOUR, torch.bfloat16)
     unstructured = random_packed(64, 64, None, torch.bfloat16)
     for packed in (two_of_four, unstructured):
-        for requested in (AUTO, DENSE):
-            choice = choose(packed, requested)
-            assert (choice.kernel, choice.name, choice.reason) == (None, "dense", "")
+        choice = choose(packed, DENSE)
+        assert (choice.kernel, choice.name, choice.reason) == (None, "dense", "")
         choice = choose(packed, "packed")
         assert (choice.kernel, choice.name, choice.reason) == (PACKED, "packed", "")
     # As on a GPU, where the kernels are not absent.
@@ -388,6 +388,6 @@ def test_choices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table() -> None:
-    assert list(KERNELS) == ["packed", "cusparselt", "cutlass"]
+    assert list(KERNELS) == ["packed", "native", "triton", "cusparselt", "cusparselt_fp8", "cutlass"]
     assert all(name == kernel.name and kernel.summary for name, kernel in KERNELS.items())
     assert not {AUTO, DENSE} & KERNELS.keys()

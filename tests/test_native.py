@@ -81,7 +81,9 @@ SHAPES = [(1, 8), (1, 64), (3, 56), (17, 168), (33, 1064), (16, 64), (5, 4592), 
 
 @pytest.mark.parametrize(("values", "x_dtype"), [(F32, F32), (BF16, BF16), (I8, F32), (I8, BF16)], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_every_way_is_the_product(values: torch.dtype, x_dtype: torch.dtype, pattern: NofM | None, threads: int) -> None:
+def test_every_way_is_the_product(
+    values: torch.dtype, x_dtype: torch.dtype, pattern: NofM | None, threads: int
+) -> None:
     tried = set()
     for n_out, n_in in SHAPES:
         if pattern is not None and n_in % pattern.m:
@@ -296,9 +298,7 @@ def test_operator_passes_torchs_own_checks() -> None:
     packed = packed_weight(24, 64, None, F32)
     t = native.prepare_with(packed, native.SLICES).tensors
     arguments = (torch.randn(3, 64), t["values"], t["mask"], t["starts"], None, None, None, 24, 64, 0, 0, "avx512")
-    torch.library.opcheck(
-        torch.ops.sparsify.linear.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(torch.ops.sparsify.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from transformers.quantizers import auto
 import sparsify
 from sparsify import hooks
 from sparsify.errors import ModelError, UsageError
-from sparsify.format.packed import encode
+from sparsify.format.packed import decode, encode
 from sparsify.format.reader import CompressedReader
 from sparsify.format.record import to_tensors
 from sparsify.format.storage import SERVED
+from sparsify.kernels.kernel import State
+from sparsify.kernels.packed_reference import PACKED
 from sparsify.pipeline import export
 from sparsify.plugins import transformers_quantizer
 from sparsify.plugins.sparse_linear import SparseLinear
@@ -346,14 +349,16 @@ def test_kernels_have_no_gradients_and_say_so(folders: Folders) -> None:
 
 def test_foreign_states_are_neither_saved_nor_cast(folders: Folders, tmp_path: Path) -> None:
     model = with_kernel(folders("llama")[1], "packed")
-    layer = model.get_submodule(Q_PROJ)
-    layer.kernel_name = "cusparselt"
+    packed = model.get_submodule(Q_PROJ).packed()
+    blob = replace(PACKED, name="cusparselt", prepare=lambda packed: State({"blob": decode(packed)}, {}))
+    layer = SparseLinear(packed, blob)
+    model.set_submodule(Q_PROJ, layer)
     with pytest.raises(UsageError, match="kernel cusparselt keeps weights in a form that no checkpoint has"):
         model.save_pretrained(tmp_path / "again")
     assert not list((tmp_path / "again").iterdir())
     with pytest.raises(UsageError, match="cusparselt cannot be cast"):
         layer.to(torch.float32)
-    assert layer.values.dtype == torch.bfloat16
+    assert layer.blob.dtype == torch.bfloat16
     assert layer.to("cpu") is layer
 
 
@@ -483,7 +488,7 @@ def test_weights_of_another_shape_are_refused(folders: Folders, tmp_path: Path) 
 def test_unreadable_configs_and_shards(folders: Folders, tmp_path: Path) -> None:
     packed = Path(shutil.copytree(folders("llama")[1], tmp_path / "packed"))
     config = json.loads((packed / "config.json").read_text())
-    for key, value in (("format", 2), ("ignore", "lm_head")):
+    for key, value in (("format", 3), ("ignore", "lm_head")):
         broken = {**config, "quantization_config": {**config["quantization_config"], key: value}}
         (packed / "config.json").write_text(json.dumps(broken))
         with pytest.raises(ModelError, match=key):

@@ -25,7 +25,7 @@ def test_the_engine_computes_with_the_rounded_weights(families: Pair, model_type
     export(tmp_path / "int8", "hf", tmp_path / "rounded")
     reference = ask(tmp_path / "rounded", dtype="float32")
     assert not torch.equal(reference.logprobs, ask(plain, dtype="float32").logprobs)
-    same(ask(tmp_path / "int8", dtype="float32"), reference)
+    same(ask(tmp_path / "int8", dtype="float32", kernel="dense"), reference)
     found = ask(tmp_path / "int8", dtype="float32", kernel="packed")
     same(found, reference)
     assert "packed" in kernels(found)

@@ -9,6 +9,7 @@ shapes of the operators are tested without one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _refuse(packed: Packed, min_rows: int, min_columns: int, multiple: int) -> s
     if packed.pattern != NofM(2, 4):
         return f"its pattern is {packed.pattern or 'unstructured'}, not 2:4"
     if packed.values.itemsize != 2:
-        return f"its values are {packed.dtype}, not 16 bits"
+        return f"its values are {packed.values.dtype}, not 16 bits"
     if n_out < min_rows or n_in < min_columns or n_out % multiple or n_in % multiple:
         return f"its shape {n_out} x {n_in} is below {min_rows} x {min_columns} or no multiple of {multiple}"
     return None
@@ -205,18 +206,14 @@ def _perm(packed: Packed) -> dict[str, torch.Tensor]:
     return {} if packed.perm is None else {"perm": packed.perm}
 
 
-def _without_perm(packed: Packed) -> Packed:
-    return Packed(packed.shape, packed.pattern, packed.values, packed.mask)
-
-
 def _prepare_cusparselt(packed: Packed) -> State:
     # The library's own layout is not documented; one dense weight exists for as long as it takes to compress it.
-    blob = torch._cslt_compress(decode(_without_perm(packed)))
+    blob = torch._cslt_compress(decode(replace(packed, perm=None)))
     return State({"blob": blob, **_perm(packed)}, {"n_out": packed.shape[0], "n_in": packed.shape[1]})
 
 
 def _prepare_fp8(packed: Packed) -> State:
-    values, scale = to_fp8(decode(_without_perm(packed)), 1)
+    values, scale = to_fp8(decode(replace(packed, perm=None)), 1)
     tensors = {"blob": torch._cslt_compress(values), "scale": scale.flatten(), **_perm(packed)}
     return State(tensors, {"n_out": packed.shape[0], "n_in": packed.shape[1]})
 

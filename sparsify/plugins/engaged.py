@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Engaged:
     Attributes:
         kernel: name of the sparse kernel, or ``dense``.
         pattern: of the weight as it was loaded: ``2:4``, ``unstructured``, ``dense``.
-        reason: why it is dense although something else was asked for; else empty.
+        reason: why it is dense although a kernel could have been, or what was not known about the kernel; else empty.
         dense_bytes: the weight without packing.
         resident_bytes: what stays in memory of it.
     """
@@ -36,6 +37,19 @@ class Engaged:
     reason: str
     dense_bytes: int
     resident_bytes: int
+
+
+def summary(linears: Mapping[str, Engaged]) -> str:
+    """How many linears run by which kernel and why, and their memory, for one line."""
+    groups = Counter((e.kernel, e.pattern, e.reason) for e in linears.values())
+    parts = [
+        f"{n} x {pattern} by {kernel}" + (f" ({reason})" if reason else "")
+        for (kernel, pattern, reason), n in sorted(groups.items())
+    ]
+    resident = sum(e.resident_bytes for e in linears.values())
+    dense = sum(e.dense_bytes for e in linears.values())
+    memory = f"{resident / 1e6:.1f} MB of weights in memory, {dense / 1e6:.1f} MB if all were dense"
+    return "; ".join([*parts, memory])
 
 
 @dataclass
@@ -59,17 +73,7 @@ class Record:
 
     def summary(self) -> str:
         """One line: how many linears run by which kernel and why, and their memory."""
-        groups = Counter((e.kernel, e.pattern, e.reason) for e in self.linears.values())
-        parts = [
-            f"{n} x {pattern} by {kernel}" + (f" ({reason})" if reason else "")
-            for (kernel, pattern, reason), n in sorted(groups.items())
-        ]
-        resident = sum(e.resident_bytes for e in self.linears.values())
-        dense = sum(e.dense_bytes for e in self.linears.values())
-        return (
-            f"sparsify: rank {self.rank}, linears: {'; '.join(parts)}; "
-            f"{resident / 1e6:.1f} MB of weights in memory, {dense / 1e6:.1f} MB if all were dense"
-        )
+        return f"sparsify: rank {self.rank}, linears: {summary(self.linears)}"
 
     def write(self) -> None:
         """Write the record where ``SPARSIFY_ENGAGED_DIR`` asks for it."""

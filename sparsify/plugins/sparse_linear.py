@@ -1,4 +1,4 @@
-"""A linear layer whose weight stays as a kernel wants it."""
+"""A linear layer whose weight stays as a kernel wants it, and which weights are worth that."""
 
 from __future__ import annotations
 
@@ -10,41 +10,74 @@ import torch
 from torch import nn
 
 from sparsify.errors import UsageError
-from sparsify.format.packed import Packed, decode
+from sparsify.format.packed import DTYPES, Packed, decode, encode, fits
 from sparsify.kernels.dispatch import KERNELS
 from sparsify.kernels.kernel import Kernel
 from sparsify.kernels.packed_reference import PACKED
 from sparsify.types import NofM
+
+TWO_OF_FOUR = NofM(2, 4)
+# Below this share of zeros a mask costs about what it saves.
+_WORTH_PACKING = 0.25
+
+
+def packed_if_sparse(weight: torch.Tensor) -> Packed | None:
+    """``weight`` [out, in] as 2:4 where its zeros allow it, unstructured where they are many; else None."""
+    if weight.dim() != 2 or weight.dtype not in DTYPES or not weight.numel():
+        return None
+    if int(torch.count_nonzero(weight)) > (1 - _WORTH_PACKING) * weight.numel():
+        return None
+    packed = encode(weight, TWO_OF_FOUR if fits(weight, TWO_OF_FOUR) else None)
+    # A zero with a sign is stored.
+    return packed if packed.n_bytes < weight.nbytes else None
 
 
 class SparseLinear(nn.Module):
     """``y = x @ weight.T + bias`` by a kernel.
 
     Args:
-        packed: the weight [out, in], on the device where the kernel is to run; copied.
+        packed: the weight [out, in], on the device where the kernel is to run.
         kernel: one that takes it.
         bias: [out] or None.
+        copy: of ``packed``, whose tensors may be views of a whole file.
 
     Attributes:
         in_features, out_features: sizes of the weight.
-        kernel_name: the kernel that multiplies, for reports.
+        kernel: that multiplies.
         bias: as given.
+        dtype: of the dense weight.
+        weight_requires_grad: of the weight that ``to_linear`` gives back.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, kernel: Kernel, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, packed: Packed, kernel: Kernel, bias: nn.Parameter | None = None, *, copy: bool = True) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        self.kernel_name = kernel.name
-        # What was read from a file may still be a view of the whole file.
-        own = replace(packed, values=packed.values.clone(), mask=packed.mask.clone())
-        state = kernel.prepare(own if packed.perm is None else replace(own, perm=packed.perm.clone()))
+        self.kernel = kernel
+        self.weight_requires_grad = True
+        self.dtype = packed.dtype
+        state = kernel.prepare(_copy(packed) if copy else packed)
         self.sizes = dict(state.sizes)
         self.state_names = tuple(state.tensors)
         for name, tensor in state.tensors.items():
             self.register_buffer(name, tensor)
         self.register_parameter("bias", bias)
+
+    @property
+    def kernel_name(self) -> str:
+        """Of the kernel, for reports."""
+        return self.kernel.name
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the weight that stay in memory."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors().values())
+
+    @property
+    def holds_packed(self) -> bool:
+        """Whether the kernel keeps the weight as a checkpoint stores it, perhaps beside other forms."""
+        return {"values", "mask"} <= set(self.state_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [..., in] -> [..., out] in its dtype.
@@ -52,14 +85,17 @@ class SparseLinear(nn.Module):
         Raises:
             UsageError: from the backward pass, which no kernel has.
         """
-        tensors = {name: self.get_buffer(name) for name in self.state_names}
+        tensors = self._tensors()
         wanted = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if torch.is_grad_enabled() and wanted:
             result: torch.Tensor = _ForwardOnly.apply(  # type: ignore[no-untyped-call]
-                x, self.kernel_name, tensors, self.sizes, self.bias
+                x, self.kernel, tensors, self.sizes, self.bias
             )
             return result
-        return KERNELS[self.kernel_name].linear(x, tensors, self.sizes, self.bias)
+        return self.kernel.linear(x, tensors, self.sizes, self.bias)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: self.get_buffer(name) for name in self.state_names}
 
     def packed(self) -> Packed:
         """The weight as a checkpoint stores it; its tensors are those of the layer, not copies.
@@ -67,23 +103,26 @@ class SparseLinear(nn.Module):
         Raises:
             UsageError: the kernel keeps it in a form of its own.
         """
-        if self.kernel_name != PACKED.name:
+        if not self.holds_packed:
             raise UsageError(
                 f"kernel {self.kernel_name} keeps weights in a form that no checkpoint has; open the model without a "
                 "kernel to save it, or copy the folder it was opened from with sparsify export"
             )
-        tensors = {name: self.get_buffer(name) for name in self.state_names}
-        n, m = self.sizes["n"], self.sizes["m"]
+        tensors, n, m = self._tensors(), self.sizes["n"], self.sizes["m"]
         shape, pattern = (self.out_features, self.in_features), NofM(n, m) if m else None
-        return Packed(shape, pattern, tensors["values"], tensors["mask"], tensors.get("perm"))
+        scale = tensors.get("scale")
+        scaled = {} if scale is None else {"scaled_dtype": self.dtype}
+        return Packed(shape, pattern, tensors["values"], tensors["mask"], tensors.get("perm"), scale, **scaled)
 
-    def dense(self) -> nn.Linear:
+    def to_linear(self) -> nn.Linear:
         """The same layer with its weight decoded.
 
         Raises:
             UsageError: as ``packed``.
         """
-        return linear(decode(self.packed()), self.bias)
+        layer = linear(decode(self.packed()), self.bias)
+        layer.weight.requires_grad_(self.weight_requires_grad)
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         """For ``print``."""
@@ -93,15 +132,39 @@ class SparseLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
-        for buffer in self.buffers(recurse=False):
-            # Some hold values and indices in one tensor: a cast would not fail, it would make other weights of them.
-            probe = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
-            if self.kernel_name != PACKED.name and fn(probe).dtype != buffer.dtype:
+        scale = self._buffers.get("scale")
+        kept = [buffer.dtype for name, buffer in self.named_buffers(recurse=False) if name != "scale"]
+        # Some hold values and indices in one tensor: a cast would not fail, it would make other weights of them.
+        for dtype in (self.dtype, *kept):
+            if self.kernel is not PACKED and self._cast(fn, dtype) != dtype:
                 raise UsageError(
                     f"weights prepared for kernel {self.kernel_name} cannot be cast; open the model with dtype="
                 )
+        self.dtype = self._cast(fn, self.dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if scale is not None and (moved := self.get_buffer("scale")).dtype != scale.dtype:
+            # The weight is cast, not what 8 bits are multiplied by to get it.
+            self._buffers["scale"] = scale.to(moved.device)
         return self
+
+    def _cast(self, fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
+        return fn(torch.empty(0, dtype=dtype, device=self.get_buffer(self.state_names[0]).device)).dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not every row of the table can be pickled.
+        state = self.__dict__.copy()
+        state["kernel"] = self.kernel_name if KERNELS.get(self.kernel_name) is self.kernel else self.kernel
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(self.kernel, str):
+            self.kernel = KERNELS[self.kernel]
+
+
+def _copy(packed: Packed) -> Packed:
+    own = {name: getattr(packed, name) for name in ("values", "mask", "perm", "scale")}
+    return replace(packed, **{name: tensor.clone() for name, tensor in own.items() if tensor is not None})
 
 
 class _ForwardOnly(torch.autograd.Function):
@@ -111,13 +174,13 @@ class _ForwardOnly(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        kernel: str,
+        kernel: Kernel,
         tensors: Mapping[str, torch.Tensor],
         sizes: Mapping[str, int],
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.kernel = kernel
-        return KERNELS[kernel].linear(x, tensors, sizes, bias)
+        ctx.kernel = kernel.name
+        return kernel.linear(x, tensors, sizes, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:

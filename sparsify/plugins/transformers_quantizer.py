@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,9 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsify.errors import ModelError, UsageError
-from sparsify.format.packed import DTYPES, Packed, encode, fits
+from sparsify.format.packed import DTYPES, Packed, decode, encode, fits, quantise
 from sparsify.format.reader import digest
-from sparsify.format.record import CHECK, FORMAT, VALUES, to_tensors
+from sparsify.format.record import CHECK, FORMAT, SCALE, VALUES, to_tensors
 from sparsify.format.storage import KEY, METHOD, Storage, read_storage
 from sparsify.kernels.dispatch import AUTO, DENSE, check_request
 from sparsify.plugins.sparse_linear import SparseLinear
@@ -70,11 +71,12 @@ class SparsifyConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.ignore = list(storage.ignore if storage else ())
         self.digest = storage.digest if storage else ""
+        self.int8 = bool(storage and storage.int8)
         self.kernel = kernel
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json stores."""
-        return Storage(tuple(self.ignore), self.digest).to_dict()
+        return Storage(tuple(self.ignore), self.digest, self.int8).to_dict()
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of the dict that transformers takes this for where a loaded config opens a second model."""
@@ -90,6 +92,9 @@ class SparsifyQuantizer(HfQuantizer):
 
     plan: Plan | None = None
     has_kernels = False
+    # Made for a model that was dense and whose linears were packed in memory.
+    adopted = False
+    conversions: list[Any] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **others: Any) -> None:
         """Refuse what cannot work before anything is loaded.
@@ -234,6 +239,7 @@ class SparsifyQuantizer(HfQuantizer):
                 dense.append(module)
         self.quantization_config.ignore = [*self.ignore, *sorted(set(dense) - set(self.ignore))]
         self.quantization_config.digest = _digest(tensors)
+        self.quantization_config.int8 = any(name.endswith(f".{SCALE}") for name in tensors)
         setattr(model.config, KEY, self.quantization_config)
         return tensors, {}
 
@@ -275,7 +281,9 @@ class SparsifyQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """``model.dequantize()``: an ordinary model of dense weights, which is saved as one."""
-        sparsify_linears(model, DENSE)
+        for name in [name for name, part in model.named_modules() if isinstance(part, SparseLinear)]:
+            model.set_submodule(name, model.get_submodule(name).to_linear())
+        self.note_kernels(model)
         model._weight_conversions = self.conversions
         return model
 
@@ -297,13 +305,19 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _repack(weight: torch.Tensor, layout: Layout) -> Packed | None:
-    """``weight`` packed as ``layout`` says if it fits, unstructured if not; None where dense is smaller."""
+    """``weight`` packed as ``layout`` says if it fits, unstructured if not; None where dense is smaller.
+
+    Values stay in 8 bits where those are the weight: one that was changed since is stored as it is.
+    """
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         return None
-    pattern, perm = layout
-    perm = None if perm is None else perm.to(weight.device)
+    pattern, perm = layout.pattern, None if layout.perm is None else layout.perm.to(weight.device)
     whole = pattern is not None and fits(weight if perm is None else weight[:, perm.long()], pattern)
     packed = encode(weight, pattern, perm) if whole else encode(weight)
+    scale = layout.scale
+    if scale is not None and len(scale) == len(weight) and bool(torch.isfinite(packed.values).all()):
+        codes = quantise(packed, scale.to(weight.device))
+        packed = codes if torch.equal(decode(codes), weight) else packed
     return packed if packed.n_bytes < weight.nbytes else None
 
 
@@ -321,7 +335,7 @@ def sparsify_linears(model: Any, kernel: str) -> dict[str, str]:
             kernel whose weights cannot be decoded.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, SparsifyQuantizer) or quantizer.plan is None:
+    if not isinstance(quantizer, SparsifyQuantizer) or quantizer.plan is None or quantizer.adopted:
         raise UsageError("the model was not opened from a compressed checkpoint; write one with sparsify export")
     check_request(kernel, model.device)
     report = {}
@@ -330,18 +344,53 @@ def sparsify_linears(model: Any, kernel: str) -> dict[str, str]:
         layer = model.get_submodule(name)
         if isinstance(layer, SparseLinear):
             packed: Packed | None = layer.packed()
-            model.set_submodule(name, layer.dense())
+            model.set_submodule(name, layer.to_linear())
         elif not isinstance(layer, nn.Linear) or layer.weight.is_meta:
             continue
         else:
             packed = None if kernel == DENSE else _repack(layer.weight.data, layout)
         reason = "it is not sparse" if packed is None else put_kernel(model, name, packed, kernel)
-        report[name] = DENSE if reason is not None else kernel
+        report[name] = DENSE if reason is not None else model.get_submodule(name).kernel_name
         refused += [reason] if reason and kernel != DENSE else []
     quantizer.note_kernels(model)
     if refused:
         _LOG.warning("%d of %d linears stay dense: %s", len(refused), len(report), refused[0])
     return report
+
+
+def as_stored(model: Any, name: str) -> Callable[[torch.Tensor], Packed | None] | None:
+    """How to pack the weight of the linear ``name`` as the checkpoint held it that the model was opened from, if any.
+
+    What it returns gives None for a weight that is smaller dense.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    plan = quantizer.plan if isinstance(quantizer, SparsifyQuantizer) else None
+    layout = None if plan is None else plan.linears.get(name)
+    return None if layout is None else partial(_repack, layout=layout)
+
+
+def follow(model: Any) -> None:
+    """Tell the quantizer of ``model`` that linears were packed or unpacked in memory.
+
+    A model that was opened dense gets a quantizer with its first packed linear, so that ``save_pretrained`` writes a
+    compressed checkpoint, and loses it with the last.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    packed = any(isinstance(module, SparseLinear) for module in model.modules())
+    if quantizer is None and packed:
+        quantizer = SparsifyQuantizer(SparsifyConfig(), pre_quantized=True)
+        quantizer.adopted = True
+        quantizer.plan, quantizer.ignore = Plan(DENSE, {}, {}, {}), ()
+        quantizer.conversions, model._weight_conversions = getattr(model, "_weight_conversions", None), []
+        model.hf_quantizer = quantizer
+        setattr(model.config, KEY, quantizer.quantization_config)
+    if not isinstance(quantizer, SparsifyQuantizer) or quantizer.plan is None:
+        return
+    quantizer.note_kernels(model)
+    if quantizer.adopted and not packed:
+        model._weight_conversions = quantizer.conversions
+        del model.hf_quantizer, model.is_quantized
+        delattr(model.config, KEY)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from sparsify.files import stamps
 from sparsify.format.legacy import legacy_format
 from sparsify.format.reader import open_checkpoint
 from sparsify.format.storage import METHOD, SERVED, read_storage
+from sparsify.kernels import native
+from sparsify.kernels.device_cache import cache_folder
 from sparsify.kernels.dispatch import AUTO, check_request
+from sparsify.kernels.table import SHIPPED
 from sparsify.plugins.engaged import RECORDS
 from sparsify.plugins.vllm_loading import Loading
 
@@ -77,8 +81,8 @@ class SparsifyConfig(QuantizationConfig):
         """Refuse what would load wrongly, and put what shapes the compiled graph into vLLM's key for it.
 
         vLLM hashes the model's config for that key, and neither the weights nor this object; but which linears are
-        packed, and how, is part of the graph. A model that is not a local folder is told apart by the digest that
-        export wrote.
+        packed, and how, is part of the graph, and ``auto`` follows what was measured on this machine. A model that is
+        not a local folder is told apart by the digest that export wrote.
 
         Raises:
             ModelError: a model type whose loader is not known to take packed weights, or files that lack a tensor.
@@ -97,7 +101,7 @@ class SparsifyConfig(QuantizationConfig):
                 open_checkpoint(folder)
             files = sorted(stamps(folder.glob("*.safetensors")).items())
         if hf_config is not None:
-            hf_config.sparsify = {"plugin": __version__, "files": files}
+            hf_config.sparsify = {"plugin": __version__, "files": files, "kernels": _measurements()}
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method for a linear or for experts; None, which is vLLM's own, for everything else."""
@@ -125,6 +129,13 @@ class SparsifyConfig(QuantizationConfig):
         loading.record.rank = get_tensor_model_parallel_rank()
         RECORDS.append(loading.record)
         self._known = True
+
+
+def _measurements() -> dict[str, Any]:
+    """What the choice of kernels depends on beside the weights, as JSON values."""
+    tables = [*SHIPPED.glob("*.json"), *(cache_folder() / "tables").glob("*.json")]
+    threads = {name: os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")}
+    return {"tables": sorted(stamps(tables).items()), "threads": threads, "features": sorted(native.features())}
 
 
 def _kernel(options: Any) -> str:

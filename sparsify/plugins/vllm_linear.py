@@ -11,18 +11,17 @@ from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinea
 
 from sparsify.errors import ModelError
 from sparsify.format import legacy
-from sparsify.format.packed import Packed, decode, encode, fits
+from sparsify.format.packed import Packed, decode
 from sparsify.format.record import PARTS
 from sparsify.kernels.dispatch import AUTO, DENSE, Choice, choose
 from sparsify.plugins.engaged import Engaged
 from sparsify.plugins.shards import Cut, Key, Shards
+from sparsify.plugins.sparse_linear import packed_if_sparse
 from sparsify.plugins.vllm_loading import Loading
-from sparsify.types import NofM
 
 _DTYPES = {"weight_mask": torch.uint8, "bitmask": torch.uint8, "weight_perm": torch.int32}
 _FLOATS = ("weight", "compressed")
 _QKV = {"q": 0, "k": 1, "v": 2}
-TWO_OF_FOUR = NofM(2, 4)
 
 
 class _SparseLinearMethod(LinearMethodBase):
@@ -140,7 +139,7 @@ class PackedLinear(_SparseLinearMethod):
 
 
 class CompressAtLoad(_SparseLinearMethod):
-    """A linear of a plain checkpoint: loaded as usual, then packed if a sparse kernel will compute with it."""
+    """A linear of a plain checkpoint: loaded as usual, then packed where a sparse kernel will compute with it."""
 
     def create_weights(self, layer: Any, *args: Any, **extra: Any) -> None:
         """As vLLM does, and note what arrives."""
@@ -163,19 +162,8 @@ class CompressAtLoad(_SparseLinearMethod):
         del layer.sparsify_loaded
         weight: torch.Tensor = layer.weight.data
         del layer.weight
-        dense = self.loading.kernel in (AUTO, DENSE)
-        self.install(layer, weight if dense else _packed_if_sparse(weight), [])
-
-
-# Below this share of zeros a mask costs about what it saves.
-_WORTH_PACKING = 0.25
-
-
-def _packed_if_sparse(weight: torch.Tensor) -> Packed | torch.Tensor:
-    """The weight as 2:4 where its zeros allow it, unstructured where they are many, else as it is."""
-    if weight.dim() != 2 or float((weight == 0).float().mean()) < _WORTH_PACKING:
-        return weight
-    return encode(weight, TWO_OF_FOUR if fits(weight, TWO_OF_FOUR) else None)
+        packed = None if self.loading.kernel == DENSE else packed_if_sparse(weight)
+        self.install(layer, weight if packed is None else packed, [])
 
 
 def _loader(shards: Shards, part: str) -> Any:

@@ -16,7 +16,7 @@ RUNTIMES = (AUTO, "torch", "onnxruntime", "onnxruntime-genai", "tensorrt", "vllm
 # option -> the runtimes that have it; others may be set for any
 _OPTIONS = {
     "dtype": ("torch", "vllm", "vllm-server"),
-    "kernel": ("vllm", "vllm-server"),
+    "kernel": ("torch", "vllm", "vllm-server"),
     "tensor_parallel": ("vllm", "vllm-server"),
     "python": ("vllm-server",),
     "provider": ("onnxruntime", "onnxruntime-genai"),
@@ -36,7 +36,7 @@ class Runtime:
         name: one of ``RUNTIMES``. ``auto`` is TensorRT for an engine and ONNX Runtime for ONNX; for a compressed
             checkpoint vLLM where it is installed; else PyTorch.
         dtype: of weights and arithmetic; None is float32 in PyTorch and bfloat16, which is served, in vLLM.
-        kernel: vLLM: what the plugin is asked to run.
+        kernel: what is to multiply by sparse weights in PyTorch and vLLM; None is ``auto``.
         tensor_parallel: vLLM: ranks that share the model.
         python: vllm-server: interpreter of the environment that has vLLM; None is this one.
         max_length: longest sequence in tokens, for vLLM and ONNX Runtime's TensorRT provider, which plan for it; None
@@ -136,7 +136,8 @@ def open_session(path: Path, runtime: Runtime | None = None, *, trust_remote_cod
     if name == "torch":
         from sparsify.runtimes.torch_session import TorchSession
 
-        return TorchSession(path, dtype=runtime.dtype or "float32", trust_remote_code=trust_remote_code)
+        kernel = runtime.kernel or AUTO
+        return TorchSession(path, dtype=runtime.dtype or "float32", kernel=kernel, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         raise UsageError(f"runtime {name}: a model's own code is not run there; leave --trust-remote-code out")
     from sparsify.runtimes.vllm_server import VllmServer

@@ -1,17 +1,14 @@
-"""A checkpoint in plain PyTorch through transformers: the reference every other runtime is compared with."""
+"""A checkpoint in PyTorch through transformers: without a kernel the reference every other runtime is compared with."""
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import UsageError
 from sparsify.runtimes.session import check_count, check_ids, check_mask, positions
-
-if TYPE_CHECKING:
-    import torch
 
 
 class TorchSession:
@@ -24,18 +21,27 @@ class TorchSession:
         path: local folder with config and safetensors.
         dtype: parameters and arithmetic: float32, bfloat16 or float16.
         device: a torch device.
+        kernel: what multiplies by sparse weights: ``dense``, ``auto`` or a kernel that ``sparsify doctor`` lists.
         trust_remote_code: run the modelling code that the checkpoint brings.
 
     Raises:
-        UsageError: unknown dtype or device.
+        UsageError: unknown dtype, device or kernel, or one that cannot run there.
         ModelError: the folder cannot be loaded, or lacks weights.
     """
 
     def __init__(
-        self, path: Path, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False
+        self,
+        path: Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        kernel: str = "dense",
+        trust_remote_code: bool = False,
     ) -> None:
         import torch
 
+        from sparsify.compress import compress_
+        from sparsify.kernels.dispatch import DENSE, check_request
         from sparsify.model import load_model
 
         if dtype not in ("float32", "bfloat16", "float16"):
@@ -44,10 +50,12 @@ class TorchSession:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"device {device!r}: {str(error).splitlines()[0]}") from error
+        check_request(kernel, torch.device(device))
         model = load_model(path, getattr(torch, dtype), trust_remote_code=trust_remote_code)
         self.name = f"torch {device} {dtype}"
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)
-        self.model: Any = model.to(device)
+        model = model.to(device)
+        self.model: Any = model if kernel == DENSE else compress_(model, kernel)
         self._device = device
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -90,31 +98,7 @@ class TorchSession:
         return made
 
     def engaged(self) -> dict[str, str]:
-        """``dense`` for each parameter with 2 or more axes below a linear or an expert layer.
+        """See ``sparsify.compress.engaged``."""
+        from sparsify.compress import engaged
 
-        Known from the parameters themselves: torch has no kernel that skips the zeros of a plain strided tensor. A
-        tensor subclass (semi-structured, for one) or a sparse layout is reported by its own name instead.
-        """
-        import torch
-
-        report: dict[str, str] = {}
-        for name, module in self.model.named_modules():
-            if isinstance(module, torch.nn.Embedding):
-                continue
-            if kernel := getattr(module, "kernel_name", None):
-                report[name] = kernel
-                continue
-            for leaf, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2 and not leaf.endswith("bias"):  # experts have biases of 2 axes
-                    linear = name if leaf == "weight" else f"{name}.{leaf}"
-                    report[linear] = _kernel(parameter)
-        return report
-
-
-def _kernel(parameter: "torch.nn.Parameter") -> str:
-    import torch
-
-    kind = type(parameter.data)
-    if kind is not torch.Tensor:
-        return kind.__name__
-    return "dense" if parameter.layout is torch.strided else str(parameter.layout).removeprefix("torch.")
+        return engaged(self.model)

@@ -1,0 +1,151 @@
+"""What ``auto`` chooses on this CPU against the best dense product, over the grid of docs/kernels.md.
+
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/kernels_cpu.py --out benchmarks/results/kernels_cpu.json
+
+Dense is the faster of torch's ``F.linear`` and the kernels' own loop over a dense bfloat16 weight, in the same
+rounds; the choice is timed as a layer calls it, operator and all. Weights come from memory: see ``sparsify.kernels.tuning``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import commit
+from torch.nn.functional import linear
+
+from sparsify import _kernels
+from sparsify.kernels import native
+from sparsify.kernels.dispatch import choose
+from sparsify.kernels.table import device_key
+from sparsify.kernels.tuning import Which, copies_of, interleaved, random_packed
+from sparsify.types import parse_pattern
+
+# SmolLM2-135M and Llama-3.1-8B, where vLLM fuses them too.
+SHAPES = [
+    (576, 576), (192, 576), (1536, 576), (576, 1536), (3072, 576), (960, 576),
+    (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (6144, 4096),
+]  # fmt: skip
+KINDS = [("bf16", "2:4"), ("bf16", "0.5"), ("bf16", "0.6"), ("bf16", "0.7"), ("int8", "0.5")]
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
+VALUES = {"bf16": torch.bfloat16, "int8": torch.int8}
+# More than the caches hold; long products need not come from memory to be slow.
+BYTES, FEW_BYTES = 1 << 30, 1 << 28
+DENSE, LOOP = "torch", "loop"
+
+
+def loop(x: torch.Tensor, dense: list[torch.Tensor], y: torch.Tensor, i: int) -> None:
+    n_out, n_in = dense[i].shape
+    threads = torch.get_num_threads()
+    _kernels.dense_linear(dense[i].data_ptr(), n_out, n_in, x.data_ptr(), x.shape[0], y.data_ptr(), threads)
+
+
+def cell(shape: tuple[int, int], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Every kind of weight of one shape, with one number of tokens."""
+    n_out, n_in = shape
+    n = max(1, math.ceil((BYTES if tokens <= 32 else FEW_BYTES) / (2 * n_out * n_in)))
+    dense = copies_of((torch.randn(shape) / math.sqrt(n_in)).to(torch.bfloat16), n)
+    x, y = torch.randn(tokens, n_in).to(torch.bfloat16), torch.empty(tokens, n_out, dtype=torch.bfloat16)
+    run: dict[Which, Any] = {(-1, DENSE): lambda i: linear(x, dense[i])}
+    if "bf16" in native.features() and tokens <= 32:
+        run[-1, LOOP] = partial(loop, x, dense, y)
+    chosen = {}
+    for k, (values, pattern) in enumerate(KINDS):
+        packed = random_packed(shape, parse_pattern(pattern), VALUES[values], torch.bfloat16)
+        choice = chosen[k] = choose(packed, "auto", torch.bfloat16)
+        if choice.kernel is None:
+            continue
+        kernel, state = choice.kernel, choice.kernel.prepare(packed)
+        each = zip(*(copies_of(tensor, n) for tensor in state.tensors.values()), strict=True)
+        copies = [dict(zip(state.tensors, tensors, strict=True)) for tensors in each]
+        run[k, choice.name] = lambda i, c=copies, s=state.sizes, by=kernel: by.linear(x, c[i], s, None)
+    times = interleaved(run, (-1, DENSE), n, rounds if tokens <= 128 else min(rounds, 5))
+    rivals = {name: found for (k, name), found in times.items() if k < 0}
+    best = min(found.median_us for found in rivals.values())
+    rows = []
+    for k, (values, pattern) in enumerate(KINDS):
+        found = times.get((k, chosen[k].name))
+        rows.append(
+            {
+                "shape": list(shape),
+                "tokens": tokens,
+                "values": values,
+                "pattern": pattern,
+                "chosen": chosen[k].name,
+                "plan": chosen[k].plan,
+                "reason": chosen[k].reason,
+                "copies": n,
+                "dense": {name: asdict(rival) for name, rival in rivals.items()},
+                "packed": asdict(found) if found else None,
+                # What is chosen to be dense runs as torch's product, and that only.
+                "ratio_to_best": best / (found.median_us if found else rivals[DENSE].median_us),
+                "ratio_to_torch": rivals[DENSE].median_us / (found or rivals[DENSE]).median_us,
+            }
+        )
+    return rows
+
+
+def mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By kind and number of tokens: geometric mean and ends of the ratio to the best dense product, over shapes."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["values"], row["pattern"], row["tokens"]].append(row)
+    return [
+        {
+            "values": values,
+            "pattern": pattern,
+            "tokens": tokens,
+            "mean": mean([row["ratio_to_best"] for row in group]),
+            "min": min(row["ratio_to_best"] for row in group),
+            "max": max(row["ratio_to_best"] for row in group),
+            "mean_to_torch": mean([row["ratio_to_torch"] for row in group]),
+        }
+        for (values, pattern, tokens), group in groups.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    options = parser.parse_args()
+    rows = []
+    for shape in SHAPES:
+        for tokens in options.tokens:
+            rows += cell(shape, tokens, options.rounds)
+        print(shape, " ".join(f"{r['tokens']}:{r['ratio_to_best']:.2f}" for r in rows if tuple(r["shape"]) == shape))
+    record = {
+        "commit": commit(),
+        "device": device_key(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "pool": Path(native.pool()).name,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "summary": summary(rows),
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    for line in record["summary"]:
+        print(
+            f"{line['values']:5} {line['pattern']:4} {line['tokens']:5} tokens: {line['mean']:.2f} "
+            f"({line['min']:.2f} to {line['max']:.2f}) of the best dense, {line['mean_to_torch']:.2f} of torch's"
+        )
+
+
+if __name__ == "__main__":
+    main()
