@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/kernels_cpu.py --out benchmarks/results/kernels_cpu.json
 
 Dense is the faster of torch's ``F.linear`` and the kernels' own loop over a dense bfloat16 weight, in the same
-rounds; the choice is timed as a layer calls it, operator and all. Weights come from memory: see ``sparsify.kernels.tuning``.
+rounds; the choice is timed as a layer calls it, operator and all. Weights come from memory, as in ``sparsify tune``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import json
 import math
 import os
 import platform
+import statistics
 from collections import defaultdict
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from sparsify import _kernels
 from sparsify.kernels import native
 from sparsify.kernels.dispatch import choose
 from sparsify.kernels.table import device_key
-from sparsify.kernels.tuning import Which, copies_of, interleaved, random_packed
+from sparsify.kernels.tuning_cpu import Which, copies_of, interleaved
+from sparsify.kernels.tuning_request import random_packed
 from sparsify.types import parse_pattern
 
 # SmolLM2-135M and Llama-3.1-8B, where vLLM fuses them too.
@@ -68,9 +69,10 @@ def cell(shape: tuple[int, int], tokens: int, rounds: int) -> list[dict[str, Any
         each = zip(*(copies_of(tensor, n) for tensor in state.tensors.values()), strict=True)
         copies = [dict(zip(state.tensors, tensors, strict=True)) for tensors in each]
         run[k, choice.name] = lambda i, c=copies, s=state.sizes, by=kernel: by.linear(x, c[i], s, None)
-    times = interleaved(run, (-1, DENSE), n, rounds if tokens <= 128 else min(rounds, 5))
+    samples = interleaved(run, (-1, DENSE), n, rounds if tokens <= 128 else min(rounds, 5))
+    times = {which: statistics.median(found) for which, found in samples.items()}
     rivals = {name: found for (k, name), found in times.items() if k < 0}
-    best = min(found.median_us for found in rivals.values())
+    best = min(rivals.values())
     rows = []
     for k, (values, pattern) in enumerate(KINDS):
         found = times.get((k, chosen[k].name))
@@ -84,11 +86,11 @@ def cell(shape: tuple[int, int], tokens: int, rounds: int) -> list[dict[str, Any
                 "plan": chosen[k].plan,
                 "reason": chosen[k].reason,
                 "copies": n,
-                "dense": {name: asdict(rival) for name, rival in rivals.items()},
-                "packed": asdict(found) if found else None,
+                "dense_us": {name: samples[-1, name] for name in rivals},
+                "packed_us": samples.get((k, chosen[k].name), []),
                 # What is chosen to be dense runs as torch's product, and that only.
-                "ratio_to_best": best / (found.median_us if found else rivals[DENSE].median_us),
-                "ratio_to_torch": rivals[DENSE].median_us / (found or rivals[DENSE]).median_us,
+                "ratio_to_best": best / (found or rivals[DENSE]),
+                "ratio_to_torch": rivals[DENSE] / (found or rivals[DENSE]),
             }
         )
     return rows
@@ -128,7 +130,7 @@ def main() -> None:
         for tokens in options.tokens:
             rows += cell(shape, tokens, options.rounds)
         print(shape, " ".join(f"{r['tokens']}:{r['ratio_to_best']:.2f}" for r in rows if tuple(r["shape"]) == shape))
-    record = {
+    record: dict[str, Any] = {
         "commit": commit(),
         "device": device_key(torch.device("cpu")),
         "threads": torch.get_num_threads(),

@@ -83,6 +83,7 @@ def read_by_another(file: bytes, module: str) -> NDArray[Any]:
         assert (keep.reshape(n_out, -1, m).sum(axis=2) == n).all()
     values = values.flatten()
     if version == 2:
+        assert parts[3] is not None
         assert values.min(initial=0) >= -127
         values = rounded(parts[3].repeat(keep.sum(axis=1)), values, wide)
     stored = np.zeros((n_out, n_in), values.dtype)

@@ -216,7 +216,7 @@ def test_threads_and_batches_do_not_change_a_bit(values: torch.dtype) -> None:
     try:
         for way in set(native.ways(values, x_dtype, 11, 776)) - {native.SLICES}:
             torch.set_num_threads(1)
-            alone = torch.cat([native.run_way(row, state.tensors, state.sizes, None, way) for row in x.split(1)])
+            alone = torch.cat([native.run_way(row, state.tensors, state.sizes, None, way) for row in x.unsqueeze(1)])
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
                 assert torch.equal(alone, native.run_way(x, state.tensors, state.sizes, None, way)), way
@@ -306,16 +306,17 @@ def test_what_does_not_belong_together_is_refused() -> None:
     state = native.prepare_with(packed, native.SLICES)
     x = torch.zeros(1, 64, dtype=BF16)
     t = state.tensors
-    for name, change in {
-        "input": lambda: (x.float(), t, None),
-        "bias": lambda: (x, t, torch.zeros(23, dtype=BF16)),
-        "bias is": lambda: (x, t, torch.zeros(24)),
-        "mask": lambda: (x, {**t, "mask": t["mask"][:23]}, None),
-        "mask or starts": lambda: (x, {**t, "starts": t["starts"][:-1]}, None),
-        "contiguous": lambda: (x, {**t, "mask": t["mask"].t().contiguous().t()}, None),
-    }.items():
+    changed: dict[str, tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]] = {
+        "input": (x.float(), {**t}, None),
+        "bias": (x, {**t}, torch.zeros(23, dtype=BF16)),
+        "bias is": (x, {**t}, torch.zeros(24)),
+        "mask": (x, {**t, "mask": t["mask"][:23]}, None),
+        "mask or starts": (x, {**t, "starts": t["starts"][:-1]}, None),
+        "contiguous": (x, {**t, "mask": t["mask"].t().contiguous().t()}, None),
+    }
+    for name, (inputs, tensors, bias) in changed.items():
         with pytest.raises(RuntimeError, match=name):
-            native.run_way(*change()[:2], state.sizes, change()[2], "slices")
+            native.run_way(inputs, tensors, state.sizes, bias, "slices")
     with pytest.raises(ValueError, match="number of values"):
         native.run_way(x, {**t, "values": t["values"][:-1]}, state.sizes, None, "slices")
     with pytest.raises(ValueError, match="no such product"):

@@ -158,7 +158,7 @@ def multiply(
     Raises:
         RuntimeError: there is no compiled module, or dtypes and sizes do not belong together.
     """
-    if _kernels is None:
+    if _WHY_NOT:
         raise RuntimeError(_WHY_NOT)
     _check(x, values, mask, starts, scale, bias, n_out, n_in, m)
     weight = (
@@ -232,7 +232,7 @@ def row_starts(mask: torch.Tensor) -> torch.Tensor:
 def _absent(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "it runs on CPUs only"
-    if _kernels is None:
+    if _WHY_NOT:
         return _WHY_NOT
     return None if "avx512" in features() else "it needs AVX-512 with VBMI2, which this processor or this build lacks"
 
