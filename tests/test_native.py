@@ -101,13 +101,39 @@ def test_every_way_is_the_product(
     assert tried == {*expected, native.SLICES}
 
 
-def test_more_tokens_than_tiles_take_at_once() -> None:
-    """In parts of 512; and more columns than a panel, so that sums are put down between."""
-    packed = packed_weight(290, 1160, None, BF16)
+@pytest.mark.parametrize("values", [BF16, I8], ids=str)
+@pytest.mark.parametrize("tokens", [512, 513, 545, 1030])
+def test_more_tokens_than_tiles_take_at_once(values: torch.dtype, tokens: int) -> None:
+    """In parts of 512, the last of which may be few; more columns than a panel, so that sums are put down between."""
+    packed = packed_weight(290, 1128, None, values)
     state = native.prepare_with(packed, native.SLICES)
-    x = torch.randn(1030, 1160, generator=torch.Generator().manual_seed(1)).to(BF16)
-    for way in native.ways(BF16, BF16, 1030, 1160):
+    x = torch.randn(tokens, 1128, generator=torch.Generator().manual_seed(1)).to(BF16)
+    for way in native.ways(values, BF16, tokens, 1128):
         compare(state, packed, x, None, way)
+
+
+def test_rows_too_wide_for_sums_of_bytes() -> None:
+    wide = (1 << 16) + 64
+    packed = quantise(encode(torch.ones(2, wide)))
+    state = native.prepare_with(packed, native.SLICES)
+    assert "amx" not in native.ways(I8, BF16, 8, wide)
+    assert "vnni" not in native.ways(I8, BF16, 8, (1 << 20) + 64)
+    x = torch.ones(8, wide, dtype=BF16)
+    # A plan that says so all the same, as one for fewer columns does, goes another way.
+    found = native.run_way(x, state.tensors, state.sizes, None, "vnni<=1,amx")
+    torch.testing.assert_close(found, torch.full((8, 2), float(wide), dtype=BF16))
+
+
+def test_scales_and_steps_that_are_no_floats_together() -> None:
+    """The sum times the scale overflows, and the step of the input underflows; the result is an ordinary number."""
+    packed = quantise(encode(torch.full((3, 4096), 1e31)))
+    state = native.prepare_with(packed, native.SLICES)
+    for size in (1e-30, 1e-38):
+        x = torch.full((2, 4096), size)
+        for way in ("vnni", "amx"):
+            if way in native.ways(I8, F32, 2, 4096):
+                found = native.run_way(x, state.tensors, state.sizes, None, way)
+                torch.testing.assert_close(found, torch.full((2, 3), 4096 * size * 1e31), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("values", [F32, BF16, I8], ids=str)

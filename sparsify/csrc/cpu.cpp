@@ -79,16 +79,14 @@ const Features& features() {
 bool supports(Path path, const Product& p) {
     const Features& have = features();
     const Type values = p.weight.type;
-    // Sums of one output's bytes stay below 2^31.
-    constexpr int64_t kMostBytes = 65536;
     const bool narrow = p.x_type == Type::bf16 && values == Type::bf16;
     switch (path) {
         case Path::avx512: return have.avx512 && values != Type::i8 && values == p.x_type;
         case Path::bf16: return have.bf16 && narrow;
-        case Path::vnni: return have.vnni && values == Type::i8;
+        case Path::vnni: return have.vnni && values == Type::i8 && p.weight.n_in <= kMostVnni;
         case Path::amx:
             if (values != Type::i8) return have.amx && narrow;
-            return have.amx && (few(p) ? p.weight.n_in <= kMostBytes : p.x_type == Type::bf16);
+            return have.amx && (few(p) ? p.weight.n_in <= kMostTiles : p.x_type == Type::bf16);
     }
     return false;
 }

@@ -21,6 +21,6 @@ int64_t columns(const Product& product, Form form);
 int64_t block_bytes(const Product& product, Form form);
 
 // Blocks [begin, end) of 16 tokens, written to where they belong in `data`; `steps` [tokens] where the form is quantised.
-void lay_out_avx512(const Product& product, Form form, char* data, float* steps, int64_t begin, int64_t end);
+void lay_out_avx512(const Product& product, Form form, char* data, double* steps, int64_t begin, int64_t end);
 
 }  // namespace sparsify

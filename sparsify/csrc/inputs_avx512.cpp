@@ -43,7 +43,7 @@ void split_pairs(const Product& p, float* target, int64_t stride, int64_t token)
 }
 
 // Codes [stride] of a token, zeros beyond its columns; returns the step.
-float quantise(const Product& p, int64_t token, int16_t* codes, int64_t stride) {
+double quantise(const Product& p, int64_t token, int16_t* codes, int64_t stride) {
     __m512 most = _mm512_setzero_ps();
     __mmask16 strange = 0;
     for (int64_t j = 0; j < p.weight.n_in; j += 16) {
@@ -54,7 +54,7 @@ float quantise(const Product& p, int64_t token, int16_t* codes, int64_t stride) 
     const float largest = _mm512_reduce_max_ps(most);
     if (strange || largest == 0) {
         std::memset(codes, 0, static_cast<size_t>(stride) * sizeof *codes);
-        return strange ? std::nanf("") : 0.0f;
+        return strange ? std::nan("") : 0.0;
     }
     // Tiny ones go through powers of two, exactly: the inverse of a small step is no float.
     const int shift = largest < 1e-30f ? 96 : 0;
@@ -64,7 +64,7 @@ float quantise(const Product& p, int64_t token, int16_t* codes, int64_t stride) 
         const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_mul_ps(load(p, token, j), up), inverse));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + j), _mm512_cvtsepi32_epi16(code));
     }
-    return static_cast<float>(static_cast<double>(largest) / 32767);
+    return static_cast<double>(largest) / 32767;
 }
 
 // Codes of 32 columns as their high or low bytes.
@@ -119,7 +119,7 @@ void make_byte_tiles(const int16_t* codes, char* target, int64_t stride) {
 
 }  // namespace
 
-void lay_out_avx512(const Product& p, Form form, char* data, float* steps, int64_t begin, int64_t end) {
+void lay_out_avx512(const Product& p, Form form, char* data, double* steps, int64_t begin, int64_t end) {
     const int64_t stride = padded(p.weight.n_in, columns(p, form)), width = block_bytes(p, form);
     std::vector<int16_t> codes(quantised(form) ? static_cast<size_t>(kTokens * stride) : 0);
     for (int64_t block = begin; block < end; ++block) {

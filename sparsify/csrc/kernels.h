@@ -44,7 +44,8 @@ struct Product {
 struct Input {
     const void* data;
     int64_t stride;         // elements between tokens
-    const float* scale;     // [tokens] for int8 products
+    const double* steps;    // [tokens] of products in bytes, else null; double, as those of tiny inputs are no floats
+    bool few;               // tiles: laid out for few tokens
 };
 
 struct Features {
@@ -74,6 +75,8 @@ void dense_bf16(const Product&, const Input&, int64_t begin, int64_t end);  // w
 void expand_avx512(const Weight&, Type type, void* out, int64_t begin, int64_t end);
 
 // Whether `path` can compute the product on this machine.
+// Columns up to which int32 sums of products of bytes cannot overflow.
+constexpr int64_t kMostVnni = 1 << 20, kMostTiles = 1 << 16;
 bool supports(Path path, const Product& product);
 
 // y of `product` by `path`, on up to `threads` threads of the caller's pool.

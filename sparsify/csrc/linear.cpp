@@ -43,11 +43,11 @@ int64_t bytes_of(const Weight& w) {
     return w.n_values * static_cast<int64_t>(size_of(w.type)) + w.n_out * w.mask_stride();
 }
 
-void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_bytes) {
+void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_bytes, bool few = true) {
     const int64_t stride = padded(p.weight.n_in, columns(p, form)), blocks = padded(p.tokens, 16) / 16;
-    Input input{p.x, form == Form::planes ? 2 * stride : stride, nullptr};
+    Input input{p.x, form == Form::planes ? 2 * stride : stride, nullptr, few};
     std::unique_ptr<char, Free> data;
-    std::vector<float> steps(quantised(form) ? static_cast<size_t>(p.tokens) : 0);
+    std::vector<double> steps(quantised(form) ? static_cast<size_t>(p.tokens) : 0);
     if (form != Form::plain || stride != p.weight.n_in) {
         const int64_t width = block_bytes(p, form);
         data.reset(static_cast<char*>(std::aligned_alloc(kRegister, static_cast<size_t>(blocks * width))));
@@ -55,7 +55,7 @@ void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_byt
         parallel_for(blocks, 1, useful(threads, blocks * width), [&](int64_t begin, int64_t end) {
             lay_out_avx512(p, form, data.get(), steps.data(), begin, end);
         });
-        input = {data.get(), input.stride, steps.data()};
+        input = {data.get(), input.stride, quantised(form) ? steps.data() : nullptr, few};
     }
     parallel_for(p.weight.n_out, kRows, useful(threads, weight_bytes * blocks),
                  [&](int64_t begin, int64_t end) { rows(p, input, begin, end); });
@@ -83,7 +83,7 @@ void linear(const Product& p, Path path, int threads) {
                 part.x = static_cast<const char*>(p.x) + row(first * p.weight.n_in);
                 part.y = static_cast<char*>(p.y) + row(first * p.weight.n_out);
                 part.tokens = std::min(kTokens, p.tokens - first);
-                run(part, Form::tiles, rows_amx, threads, bytes);
+                run(part, Form::tiles, rows_amx, threads, bytes, false);  // also the last few
             }
             return;
         }

@@ -19,6 +19,9 @@ constexpr int64_t kPanel = 16;
 // Rows of a panel for many tokens: each tile of tokens that comes from further away is used for all of them.
 constexpr int64_t kBlockRows = 256, kBlockPanel = 16;
 
+// GCC's tile intrinsics do not say what memory they read: stores to it stay before them, and later ones behind, by this.
+void fence() { __asm__ volatile("" ::: "memory"); }
+
 struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t bytes[16] = {};
@@ -32,8 +35,19 @@ __m512 bias_of_tile(const Product& p, int64_t row, __mmask16 inside) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+// sum * scale * step in double: the product of any two of them need not be a float.
+__m512 times(__m512 sum, __m512 scale, double step) {
+    const auto half = [&](__m256 a, __m256 b) {
+        const __m512d product = _mm512_mul_pd(_mm512_cvtps_pd(a), _mm512_cvtps_pd(b));
+        return _mm512_cvtpd_ps(_mm512_mul_pd(product, _mm512_set1_pd(step)));
+    };
+    const __m256 first = half(_mm512_castps512_ps256(sum), _mm512_castps512_ps256(scale));
+    const __m256 second = half(_mm512_extractf32x8_ps(sum, 1), _mm512_extractf32x8_ps(scale, 1));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
+}
+
 // y of sixteen rows and up to sixteen tokens from their sums [row][token]. `low` is there for products of bytes.
-void finish(const Product& p, const float* steps, int64_t row, int64_t token, const void* sums, const void* low) {
+void finish(const Product& p, const double* steps, int64_t row, int64_t token, const void* sums, const void* low) {
     const int64_t n_rows = std::min(kTile, p.weight.n_out - row), n = std::min(kTile, p.tokens - token);
     const __mmask16 inside = static_cast<__mmask16>((1u << n_rows) - 1);
     __m512 r[16];
@@ -51,8 +65,8 @@ void finish(const Product& p, const float* steps, int64_t row, int64_t token, co
     const __m512 scale = p.weight.scale ? _mm512_maskz_loadu_ps(inside, p.weight.scale + row) : _mm512_set1_ps(1.0f);
     for (int64_t t = 0; t < n; ++t) {
         __m512 y = r[t];
-        if (p.weight.scale) y = _mm512_mul_ps(y, scale);
-        if (low) y = _mm512_mul_ps(y, _mm512_set1_ps(steps[token + t]));
+        if (low) y = times(y, scale, steps[token + t]);
+        else if (p.weight.scale) y = _mm512_mul_ps(y, scale);
         y = _mm512_add_ps(y, bias);
         const int64_t at = (token + t) * p.weight.n_out + row;
         if (p.x_type == Type::f32) {
@@ -129,7 +143,9 @@ void few_tokens(const Product& p, const Input& input, int64_t begin, int64_t end
                 if (n > full) _mm512_store_si512(target + full * kTileBytes, at.rest(rest));
             }
             const char* x = static_cast<const char*>(input.data) + i * kInputTiles * kTileBytes;
+            fence();
             multiply<V>(panel, x, n, block_stride, blocks);
+            fence();
         }
         _tile_stored(0, sums[0], kRegister);
         _tile_stored(1, sums[1], kRegister);
@@ -138,7 +154,7 @@ void few_tokens(const Product& p, const Input& input, int64_t begin, int64_t end
             _tile_stored(3, sums[3], kRegister);
         }
         for (int block = 0; block < blocks; ++block)
-            finish(p, input.scale, row, block * kTile, sums[kBytes ? 2 * block : block],
+            finish(p, input.steps, row, block * kTile, sums[kBytes ? 2 * block : block],
                    kBytes ? sums[2 * block + 1] : nullptr);
     }
 }
@@ -255,6 +271,7 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
                         _tile_loadd(2, at[2], kRegister);
                         _tile_loadd(3, at[3], kRegister);
                     }
+                    fence();
                     multiply_square(tiles, blocks, panel + r * kRowStride, kRowStride, x, token_stride, n);
                     _tile_stored(0, at[0], kRegister);
                     if (blocks > 1) _tile_stored(1, at[1], kRegister);
@@ -273,7 +290,7 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
 template <class V, Stride S>
 void either(const Product& p, const Input& input, int64_t begin, int64_t end) {
     if (begin >= end) return;
-    if (few(p)) few_tokens<V, S>(p, input, begin, end);
+    if (input.few) few_tokens<V, S>(p, input, begin, end);
     else many_tokens<V, S>(p, input, begin, end);
 }
 
@@ -285,6 +302,7 @@ void all_tiles(const Product& p, const Input& input, int64_t begin, int64_t end)
         config.rows[tile] = kTile;
     }
     // oneDNN configures tiles anew for each of its products, so we leave none behind and expect none.
+    fence();
     _tile_loadconfig(&config);
     if (halved<V>(p.weight)) {
         either<V, Stride::half>(p, input, begin, end);

@@ -33,7 +33,7 @@ struct Bytes {
     }
     static float total(const Acc& sum, const Product& p, const Input& input, int64_t row, int64_t token) {
         const int64_t whole = 256 * reduce(sum.high) + reduce(sum.low) - 32768 * reduce(sum.ones);
-        return static_cast<float>(static_cast<double>(whole) * input.scale[token] * p.weight.scale[row]);
+        return static_cast<float>(static_cast<double>(whole) * input.steps[token] * p.weight.scale[row]);
     }
 };
 

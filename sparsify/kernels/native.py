@@ -37,8 +37,8 @@ SLICES, DENSE = "slices", "dense"
 COMPILED = ("avx512", "bf16", "vnni", "amx")
 # Weights expanded at a time for torch to multiply with: what it does again for each slice has to be paid for.
 _SLICE = 1 << 22
-# Of the products in bytes that tiles make for few tokens: their sums stay below 2**31.
-_FEW_TOKENS, _MOST_BYTES = 32, 65536
+# Tokens up to which tiles multiply in bytes, and columns up to which sums of bytes stay below 2**31.
+_FEW_TOKENS, _MOST_TILES, _MOST_VNNI = 32, 1 << 16, 1 << 20
 
 
 def missing() -> str | None:
@@ -63,8 +63,11 @@ def ways(values: torch.dtype, x: torch.dtype, tokens: int, n_in: int) -> tuple[s
     if "avx512" not in have or x not in (torch.float32, torch.bfloat16):
         return ()
     if values == torch.int8:
-        tiles = n_in <= _MOST_BYTES if tokens <= _FEW_TOKENS else x == torch.bfloat16
-        found = [*(["vnni"] if "vnni" in have else []), *(["amx"] if "amx" in have and tiles else [])]
+        tiles = n_in <= _MOST_TILES if tokens <= _FEW_TOKENS else x == torch.bfloat16
+        found = [
+            *(["vnni"] if "vnni" in have and n_in <= _MOST_VNNI else []),
+            *(["amx"] if "amx" in have and tiles else []),
+        ]
     elif values == x == torch.bfloat16:
         found = [way for way in ("bf16", "amx", "avx512") if way in have]
     elif values == x:
@@ -166,7 +169,8 @@ def multiply(
         0 if scale is None else scale.data_ptr(), n_out, n_in, n, m,
     )  # fmt: skip
     threads = torch.get_num_threads()
-    if way == SLICES:
+    # A plan's step covers numbers of tokens at which sums of so many columns would overflow.
+    if way == SLICES or (n_in > _MOST_TILES and way not in ways(values.dtype, x.dtype, x.shape[0], n_in)):
         return _slices(x, weight, bias, threads)
     result = torch.empty((x.shape[0], n_out), dtype=x.dtype)
     _kernels.linear(

@@ -147,7 +147,9 @@ def _processor() -> dict[str, str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return {}
-    rows = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in text[:4096].splitlines())}
+    # Of the first processor: the others say the same.
+    first = text.partition("\n\n")[0].splitlines()
+    rows = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
     names = {"vendor": "vendor_id", "family": "cpu family", "model": "model", "name": "model name"}
     return {name: rows[key] for name, key in names.items() if key in rows}
 
@@ -233,7 +235,7 @@ def parse(body: Any) -> Table:
 
 def _entry(row: Any, where: str) -> Entry:
     _want(isinstance(row, dict), f"{where} is not an object")
-    types = set(NAMES.values())
+    types = list(NAMES.values())  # a list: what is looked up may be anything
     _want(row.get("values") in types and row.get("x") in types, f"{where}: values or x is unknown")
     _want(isinstance(row.get("pattern"), str), f"{where}: pattern is missing")
     density = _number(row.get("density"), f"{where}: density")
@@ -256,14 +258,19 @@ def _times(row: Any, where: str) -> Times:
     return Times(median, low, high, _whole(row.get("n"), f"{where}: n"))
 
 
+_LARGEST = 1 << 62
+
+
 def _number(value: Any, where: str) -> float:
     _want(isinstance(value, int | float) and not isinstance(value, bool), f"{where} is no number")
-    _want(math.isfinite(value) and value > 0, f"{where} is not above 0")
+    # Integers of JSON have no end, and floats do.
+    _want(0 < value < _LARGEST and math.isfinite(value), f"{where} is not above 0, or too large")
     return float(value)
 
 
 def _whole(value: Any, where: str) -> int:
-    _want(isinstance(value, int) and not isinstance(value, bool) and value > 0, f"{where} is no whole number above 0")
+    _want(isinstance(value, int) and not isinstance(value, bool), f"{where} is no whole number")
+    _want(0 < value < _LARGEST, f"{where} is not above 0, or too large")
     return int(value)
 
 

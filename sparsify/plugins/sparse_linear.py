@@ -95,7 +95,8 @@ class SparseLinear(nn.Module):
         return self.kernel.linear(x, tensors, self.sizes, self.bias)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: self.get_buffer(name) for name in self.state_names}
+        # Not get_buffer, which takes as long as a small product.
+        return {name: tensor for name in self.state_names if (tensor := self._buffers[name]) is not None}
 
     def packed(self) -> Packed:
         """The weight as a checkpoint stores it; its tensors are those of the layer, not copies.
