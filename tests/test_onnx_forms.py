@@ -65,7 +65,7 @@ def test_words_that_mean_nothing(arguments: tuple[str, ...], message: str) -> No
     [
         (Options(layout="genai"), ["hf"], "--layout is about target onnx, not hf"),
         (Options(compress=True), ["vllm", "tensorrt"], "--compress is about target onnx, not vllm, tensorrt"),
-        (Options(precision="fp16"), ["vllm"], "--precision is about target onnx and tensorrt"),
+        (Options(precision="fp16"), ["vllm"], "--precision fp16 is unknown to target vllm; int8"),
         (Options(require_sparse=True), ["onnx"], "--require-sparse is about target tensorrt"),
         (Options(engine=("batch=1",)), ["onnx"], "--engine is about target tensorrt"),
         (Options(compress=True, precision="int4"), ["onnx"], "--compress is for float weights"),

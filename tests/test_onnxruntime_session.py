@@ -586,7 +586,7 @@ def test_runtime_opens_what_is_asked_for(genai: Path, standard: Path, tmp_path: 
         (Runtime("torch", provider="cuda"), "--provider"),
         (Runtime("torch", threads=2), "--threads"),
         (Runtime("onnxruntime", trust_engine=True), "--trust-engine"),
-        (Runtime("torch", kernel="packed"), "--kernel"),
+        (Runtime("onnxruntime", kernel="packed"), "--kernel"),
         (Runtime("vllm", python="x"), "--python"),
     ):
         with pytest.raises(UsageError, match=option):
