@@ -288,13 +288,19 @@ def test_refusals(cli: Run, cache: Path) -> None:
 def test_an_interrupted_run_keeps_the_shapes_that_were_finished(cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     shapes = [part for width in range(64, 64 * 400, 64) for part in ("--shape", f"16x{width}")]
-    command = [sys.executable, "-m", "sparsify", "tune", *shapes, "--dtype", "f32", "--tokens", "1", "--rounds", "1"]
-    child = subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not out.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    # Where the tests run in the background, children are born deaf to Ctrl-C.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    start += "from sparsify.cli import main; main()"
+    command = [sys.executable, "-c", start, "tune", *shapes, "--dtype", "f32", "--tokens", "1", "--rounds", "1"]
+    with subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            deadline = time.monotonic() + 60
+            while not out.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 130, errors
     assert "Traceback" not in errors
     found = table.parse(json.loads(out.read_text()))
