@@ -100,6 +100,8 @@ from sparsify.exporters.tensorrt_engine import build_engine
 from sparsify.exporters.tensorrt_options import EngineOptions
 from sparsify.progress import Silent
 
+# Where the tests run in the background, children are born deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write, n = tensorrt_log.BuildLog.write, 0
 
 class Counting(Silent):
