@@ -2,7 +2,8 @@
 //
 // A weight [out, in] is a bitmask and its kept values, as docs/formats.md stores them. Every path computes
 //     y[t, i] = cast(scale[i] * sum_j x[t, j] * value[i, j] + bias[i])
-// with sums in float32 (int8 values: exact int32 sums of a 16-bit input) and one cast at the end.
+// with one cast at the end. Sums are in float32; those of int8 values in bytes (vnni, and amx for few tokens) are exact
+// ones of an input rounded to 16 bits a token.
 #pragma once
 
 #include <cstddef>

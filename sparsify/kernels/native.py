@@ -96,7 +96,7 @@ def parse_plan(plan: str) -> tuple[tuple[int | None, str], ...]:
     return tuple(steps)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def way_for(plan: str, tokens: int) -> str:
     """The way that ``plan`` takes for that many tokens."""
     return next(way for most, way in parse_plan(plan) if most is None or tokens <= most)
