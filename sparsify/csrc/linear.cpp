@@ -28,16 +28,24 @@ namespace {
 using Rows = void (*)(const Product&, const Input&, int64_t, int64_t);
 
 constexpr int64_t kRows = 16;           // of a tile: what threads are given is a multiple
-constexpr int64_t kAlone = 64 << 10;    // bytes below which another thread costs more than it brings
+constexpr int64_t kShare = 32 << 10;    // bytes that a thread should get at least
+constexpr int64_t kBytesPerNs = 8;      // that one thread gets through, about
 constexpr int64_t kTokens = 512;        // at once: what tiles make of them stays near the processor
 
 struct Free {
     void operator()(char* memory) const { std::free(memory); }
 };
 
+// Threads for work of so many bytes. The others bring time * (1 - 1 / threads) and cost their waking, which takes
+// microseconds where they wait actively and as long as a small product where they sleep.
 int useful(int threads, int64_t bytes) {
-    return static_cast<int>(std::min<int64_t>(threads, bytes / kAlone + 1));
+    if (threads <= 1 || bytes < 2 * kShare) return 1;
+    if (bytes / kBytesPerNs * (threads - 1) / threads < wake_ns(threads)) return 1;
+    return static_cast<int>(std::min<int64_t>(threads, bytes / kShare));
 }
+
+// What a product costs, in bytes of the weight: arithmetic takes about as long as the stream at 32 tokens.
+int64_t work(int64_t weight_bytes, int64_t tokens) { return weight_bytes + weight_bytes * tokens / 32; }
 
 int64_t bytes_of(const Weight& w) {
     return w.n_values * static_cast<int64_t>(size_of(w.type)) + w.n_out * w.mask_stride();
@@ -57,7 +65,7 @@ void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_byt
         });
         input = {data.get(), input.stride, quantised(form) ? steps.data() : nullptr, few};
     }
-    parallel_for(p.weight.n_out, kRows, useful(threads, weight_bytes * blocks),
+    parallel_for(p.weight.n_out, kRows, useful(threads, work(weight_bytes, p.tokens)),
                  [&](int64_t begin, int64_t end) { rows(p, input, begin, end); });
 }
 

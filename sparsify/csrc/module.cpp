@@ -69,6 +69,10 @@ NB_MODULE(_kernels, m) {
     m.def("pool", [] { return std::string(pool_name()); },
           "File of the OpenMP runtime whose threads are used; empty: only the calling thread is.");
 
+    m.def("wake_ns", [](int threads) { return wake_ns(threads); }, nb::arg("threads"),
+          "Nanoseconds that it takes to wake the pool's threads: measured once, by the first product that could use "
+          "them.");
+
     m.def("linear", [](const std::string& type, uintptr_t values, int64_t n_values, uintptr_t mask, uintptr_t starts,
                        uintptr_t scale, int64_t n_out, int64_t n_in, int n, int m, const std::string& path,
                        const std::string& x_type, uintptr_t x, int64_t tokens, uintptr_t bias, uintptr_t y,

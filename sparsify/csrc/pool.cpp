@@ -6,7 +6,9 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <chrono>
 #include <new>
 
 namespace sparsify {
@@ -73,9 +75,38 @@ void share(void* data) {
     }
 }
 
+// Between the products of a model other code runs about as long, and threads that wait actively are still awake then.
+constexpr std::chrono::microseconds kIdle{50};
+constexpr int kTrials = 15;
+constexpr int64_t kLongest = 100'000;  // ns; more than that is another program on the same cores, which may go
+
+int64_t measure_wake(int threads) {
+    using Clock = std::chrono::steady_clock;
+    const auto nothing = [](int64_t, int64_t) {};
+    parallel_for(threads, 1, threads, nothing);  // the first region makes the threads
+    std::array<int64_t, kTrials> taken;
+    for (int64_t& each : taken) {
+        const auto idle = Clock::now();
+        while (Clock::now() - idle < kIdle) {
+        }
+        const auto begin = Clock::now();
+        parallel_for(threads, 1, threads, nothing);
+        each = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+    }
+    std::nth_element(taken.begin(), taken.begin() + kTrials / 2, taken.end());
+    return std::min(taken[kTrials / 2], kLongest);
+}
+
 }  // namespace
 
 const char* pool_name() { return runtime().name; }
+
+int64_t wake_ns(int threads) {
+    if (threads <= 1 || !runtime().parallel || runtime().in_parallel()) return 0;
+    // By whoever comes first: with more threads it takes longer, but of the same order.
+    static const int64_t measured = measure_wake(threads);
+    return measured;
+}
 
 void parallel_for(int64_t n, int64_t grain, int threads, void (*body)(void*, int64_t, int64_t), void* context) {
     if (n <= 0) return;

@@ -19,4 +19,8 @@ void parallel_for(int64_t n, int64_t grain, int threads, Body body) {
 // The file of that runtime, or "" where products run on the calling thread.
 const char* pool_name();
 
+// Nanoseconds that an empty region of that runtime takes after a short idle time (a median), measured by the first call
+// that asks for more than one thread; 0 for one thread and where there is no runtime.
+int64_t wake_ns(int threads);
+
 }  // namespace sparsify

@@ -17,6 +17,7 @@ constexpr int64_t kTile = 16, kTileBytes = kTile * kRegister;
 // Registers of columns in a panel: sixteen rows of it and of the tokens lie in the first-level cache.
 constexpr int64_t kPanel = 16;
 // Rows of a panel for many tokens: each tile of tokens that comes from further away is used for all of them.
+// Its registers are at least kBlockPanel if the rows have as many, and fewer than twice that.
 constexpr int64_t kBlockRows = 256, kBlockPanel = 16;
 
 // GCC's tile intrinsics do not say what memory they read: stores to it stay before them, and later ones behind, by this.
@@ -46,9 +47,55 @@ __m512 times(__m512 sum, __m512 scale, double step) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
 }
 
+// The usual case of `finish`, in fewer steps: sixteen rows of bfloat16, made of sums in float32. Pairs of rows are rounded
+// before they are transposed.
+void finish_bf16(const Product& p, int64_t row, int64_t token, const float* sums) {
+    alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i interleave = _mm512_load_si512(kInterleave);
+    alignas(64) float bias[kTile], scale[kTile];
+    _mm512_store_ps(bias, bias_of_tile(p, row, 0xffff));
+    if (p.weight.scale) _mm512_store_ps(scale, _mm512_loadu_ps(p.weight.scale + row));
+    const auto rounded = [&](int i) {
+        __m512 y = _mm512_load_ps(sums + 16 * i);
+        if (p.weight.scale) y = _mm512_mul_ps(y, _mm512_set1_ps(scale[i]));
+        return _mm512_add_ps(y, _mm512_set1_ps(bias[i]));
+    };
+    __m512i pairs[8], quads[8], eights[8];
+    for (int i = 0; i < 8; ++i) {
+        const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rounded(2 * i + 1), rounded(2 * i)));
+        pairs[i] = _mm512_permutexvar_epi16(interleave, both);
+    }
+    // From here on four bytes are two rows of a token, and 128 bits hold four tokens of a pair of rows.
+    for (int i = 0; i < 8; i += 2) {
+        quads[i] = _mm512_unpacklo_epi32(pairs[i], pairs[i + 1]);
+        quads[i + 1] = _mm512_unpackhi_epi32(pairs[i], pairs[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int k = 0; k < 2; ++k) {
+            eights[i + 2 * k] = _mm512_unpacklo_epi64(quads[i + k], quads[i + k + 2]);
+            eights[i + 2 * k + 1] = _mm512_unpackhi_epi64(quads[i + k], quads[i + k + 2]);
+        }
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    uint16_t* y = static_cast<uint16_t*>(p.y) + token * p.weight.n_out + row;
+    const int64_t n = std::min(kTile, p.tokens - token);
+    for (int k = 0; k < 4; ++k)
+        for (int half = 0; half < 2; ++half) {
+            const __m512i two = _mm512_permutex2var_epi64(eights[k], half ? second : first, eights[k + 4]);
+            const int64_t t = 8 * half + k;
+            const auto store = [&](int64_t at, __m256i rows) {
+                if (at < n) _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + at * p.weight.n_out), rows);
+            };
+            store(t, _mm512_castsi512_si256(two));
+            store(t + 4, _mm512_extracti64x4_epi64(two, 1));
+        }
+}
+
 // y of sixteen rows and up to sixteen tokens from their sums [row][token]. `low` is there for products of bytes.
 void finish(const Product& p, const double* steps, int64_t row, int64_t token, const void* sums, const void* low) {
     const int64_t n_rows = std::min(kTile, p.weight.n_out - row), n = std::min(kTile, p.tokens - token);
+    if (!low && p.x_type == Type::bf16 && n_rows == kTile)
+        return finish_bf16(p, row, token, static_cast<const float*>(sums));
     const __mmask16 inside = static_cast<__mmask16>((1u << n_rows) - 1);
     __m512 r[16];
     for (int i = 0; i < 16; ++i) {
@@ -237,20 +284,22 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
     using R = Row<V, S>;
     const int64_t n_registers = padded(p.weight.n_in, 32) / 32, rest = p.weight.n_in % 32;
     const int64_t token_stride = n_registers * kTileBytes, token_blocks = padded(p.tokens, kTile) / kTile;
-    constexpr int64_t kRowStride = kBlockPanel * kTileBytes;
-    char* panel = thread_memory(0, kBlockRows / kTile * kRowStride);
+    // Equal panels, each of whole pairs of registers: a small last one would load and store all sums for little.
+    const int64_t n_panels = std::max<int64_t>(1, n_registers / kBlockPanel);
+    const int64_t width = padded((n_registers + n_panels - 1) / n_panels, 2), row_stride = width * kTileBytes;
+    char* panel = thread_memory(0, kBlockRows / kTile * row_stride);
     // Sums of earlier panels: tiles [rows / 16][tokens / 16].
     char* sums = thread_memory(1, kBlockRows / kTile * token_blocks * kTileBytes);
     for (int64_t top = begin; top < end; top += kBlockRows) {
         const int64_t n_rows = std::min(kBlockRows, end - top), row_tiles = padded(n_rows, kTile) / kTile;
         R rows[kBlockRows];
         for (int64_t r = 0; r < n_rows; ++r) rows[r] = R(p.weight, top + r);
-        if (n_rows % kTile) std::memset(panel + (row_tiles - 1) * kRowStride, 0, kRowStride);
-        for (int64_t first = 0; first < n_registers; first += kBlockPanel) {
-            const int64_t n = std::min(kBlockPanel, n_registers - first);
+        if (n_rows % kTile) std::memset(panel + (row_tiles - 1) * row_stride, 0, row_stride);
+        for (int64_t first = 0; first < n_registers; first += width) {
+            const int64_t n = std::min(width, n_registers - first);
             const bool last = first + n == n_registers;
             for (int64_t r = 0; r < n_rows; ++r)
-                expand_some(rows[r], panel + r / kTile * kRowStride + r % kTile * kRegister, n, last ? rest : 0);
+                expand_some(rows[r], panel + r / kTile * row_stride + r % kTile * kRegister, n, last ? rest : 0);
             for (int64_t t = 0; t < token_blocks; t += 2) {
                 const int blocks = token_blocks - t > 1 ? 2 : 1;
                 const char* x = static_cast<const char*>(input.data) + t * token_stride + first * kTileBytes;
@@ -271,8 +320,15 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
                         _tile_loadd(2, at[2], kRegister);
                         _tile_loadd(3, at[3], kRegister);
                     }
+                    // The sums of the next square come from as far as the panel, and nothing else waits for them.
+                    if (first != 0 && r + 2 < row_tiles)
+                        for (int64_t line = 0; line < 2 * kTile; ++line) {
+                            const char* next = at[0] + 2 * token_blocks * kTileBytes + line * kRegister;
+                            _mm_prefetch(next, _MM_HINT_T0);
+                            _mm_prefetch(next + token_blocks * kTileBytes, _MM_HINT_T0);
+                        }
                     fence();
-                    multiply_square(tiles, blocks, panel + r * kRowStride, kRowStride, x, token_stride, n);
+                    multiply_square(tiles, blocks, panel + r * row_stride, row_stride, x, token_stride, n);
                     _tile_stored(0, at[0], kRegister);
                     if (blocks > 1) _tile_stored(1, at[1], kRegister);
                     if (tiles > 1) _tile_stored(2, at[2], kRegister);
