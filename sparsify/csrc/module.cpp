@@ -73,6 +73,9 @@ NB_MODULE(_kernels, m) {
           "Nanoseconds that it takes to wake the pool's threads: measured once, by the first product that could use "
           "them.");
 
+    m.def("assume_wake_ns", [](int64_t ns) { assume_wake_ns(ns); }, nb::arg("ns"),
+          "Take it to be that instead, so that small products are divided too; negative: what was measured.");
+
     m.def("linear", [](const std::string& type, uintptr_t values, int64_t n_values, uintptr_t mask, uintptr_t starts,
                        uintptr_t scale, int64_t n_out, int64_t n_in, int n, int m, const std::string& path,
                        const std::string& x_type, uintptr_t x, int64_t tokens, uintptr_t bias, uintptr_t y,

@@ -23,4 +23,7 @@ const char* pool_name();
 // that asks for more than one thread; 0 for one thread and where there is no runtime.
 int64_t wake_ns(int threads);
 
+// Take it to be that instead; negative: what was measured. For tests, whose products are small.
+void assume_wake_ns(int64_t ns);
+
 }  // namespace sparsify

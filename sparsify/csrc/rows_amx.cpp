@@ -288,8 +288,9 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
     const int64_t n_panels = std::max<int64_t>(1, n_registers / kBlockPanel);
     const int64_t width = padded((n_registers + n_panels - 1) / n_panels, 2), row_stride = width * kTileBytes;
     char* panel = thread_memory(0, kBlockRows / kTile * row_stride);
-    // Sums of earlier panels: tiles [rows / 16][tokens / 16].
-    char* sums = thread_memory(1, kBlockRows / kTile * token_blocks * kTileBytes);
+    // Sums of earlier panels: tiles [rows / 16][tokens / 16]; of a single panel only those of the square at hand.
+    const bool single = n_panels == 1;
+    char* sums = thread_memory(1, single ? 4 * kTileBytes : kBlockRows / kTile * token_blocks * kTileBytes);
     for (int64_t top = begin; top < end; top += kBlockRows) {
         const int64_t n_rows = std::min(kBlockRows, end - top), row_tiles = padded(n_rows, kTile) / kTile;
         R rows[kBlockRows];
@@ -306,9 +307,10 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
                 for (int64_t r = 0; r < row_tiles; r += 2) {
                     const int tiles = row_tiles - r > 1 ? 2 : 1;
                     char* at[4];
-                    for (int i = 0; i < 4; ++i)
-                        at[i] = sums + ((r + std::min(i / 2, tiles - 1)) * token_blocks + t + std::min(i % 2, blocks - 1)) *
-                                           kTileBytes;
+                    for (int i = 0; i < 4; ++i) {
+                        const int64_t row_tile = r + std::min(i / 2, tiles - 1), block = t + std::min(i % 2, blocks - 1);
+                        at[i] = sums + (single ? i : row_tile * token_blocks + block) * kTileBytes;
+                    }
                     if (first == 0) {
                         _tile_zero(0);
                         _tile_zero(1);
@@ -350,16 +352,26 @@ void either(const Product& p, const Input& input, int64_t begin, int64_t end) {
     else many_tokens<V, S>(p, input, begin, end);
 }
 
+// oneDNN configures tiles anew for each of its products, so we leave none behind, whatever is thrown, and expect none.
+class Tiles {
+  public:
+    Tiles() {
+        Config config;
+        for (int tile = 0; tile < 8; ++tile) {
+            config.bytes[tile] = kRegister;
+            config.rows[tile] = kTile;
+        }
+        fence();
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+    Tiles(const Tiles&) = delete;
+    Tiles& operator=(const Tiles&) = delete;
+};
+
 template <class V>
 void all_tiles(const Product& p, const Input& input, int64_t begin, int64_t end) {
-    Config config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.bytes[tile] = kRegister;
-        config.rows[tile] = kTile;
-    }
-    // oneDNN configures tiles anew for each of its products, so we leave none behind and expect none.
-    fence();
-    _tile_loadconfig(&config);
+    const Tiles tiles;
     if (halved<V>(p.weight)) {
         either<V, Stride::half>(p, input, begin, end);
     } else {
@@ -367,7 +379,6 @@ void all_tiles(const Product& p, const Input& input, int64_t begin, int64_t end)
         either<V, Stride::any>(p, input, begin, last);
         either<V, Stride::last>(p, input, last, end);
     }
-    _tile_release();
 }
 
 }  // namespace

@@ -153,6 +153,7 @@ Shape random_shape(std::mt19937& random) {
 int main(int argc, char** argv) {
     const long n_cases = argc > 1 ? std::atol(argv[1]) : 1000;
     std::mt19937 random(argc > 2 ? static_cast<unsigned>(std::atol(argv[2])) : 0);
+    assume_wake_ns(0);  // or no product here were large enough for threads
     constexpr Type kTypes[][2] = {{Type::f32, Type::f32}, {Type::bf16, Type::bf16}, {Type::i8, Type::f32}, {Type::i8, Type::bf16}};
     for (long i = 0; i < n_cases; ++i) {
         Shape shape = random_shape(random);
@@ -160,6 +161,8 @@ int main(int argc, char** argv) {
         const Numbers numbers = random() % 2 ? Numbers::usual : static_cast<Numbers>(random() % 4);
         // Large enough now and then that the work is divided.
         if (i % 25 == 0) shape.n_out = 400, shape.n_in = padded(700, shape.m ? shape.m : 1), shape.tokens = 1 + i % 3;
+        // More tokens than tiles take at once, and the last few.
+        if (i % 100 == 1) shape.n_out = 20, shape.tokens = 512 + pick(random, {1, 20, 33, 600});
         run(make_case(shape, types[0], types[1], random() % 2, numbers, random), random);
     }
     std::printf("features:");
