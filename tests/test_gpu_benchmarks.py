@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import shutil
 import sys
 import tarfile
@@ -18,7 +19,10 @@ from numpy.typing import NDArray
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from gpu_machine.batches import pack_folders, take
+from gpu_machine.llama import LLAMA_8B, LLAMA_70B
 from gpu_machine.record import NOT_RUN, WRONG, Record
+from kernels_gpu.layers import LAYERS, SHARDS
+from kernels_gpu.timing import add_bound
 from onnx_gpu.__main__ import parse
 from onnx_gpu.compare import CASES, NEW, check_session, references
 from onnx_gpu.pack import unit
@@ -112,6 +116,41 @@ def test_a_record_says_what_went_wrong(tmp_path: Path) -> None:
     assert body["failed"] == [{"what": "that", "why": "differs"}]
     assert body["environment"]["versions"].keys() >= {"torch", "python"}
     assert "run" not in body["arguments"]
+
+
+def test_cases_that_the_budget_is_not_enough_for_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    record = Record("benchmark", argparse.Namespace(out=tmp_path / "record.json", budget_s=50, device="cpu"), ())
+    seen = []
+    for what, case in record.affordable([("quick", 1.0), ("slow", 30.0), ("as slow", 30.0), ("last", 1.0)]):
+        seen.append(what)
+        now += case
+    assert seen == ["quick", "slow"]
+    assert record.body["not_run"] == [
+        {"what": what, "why": "the budget is spent: 19 s left"} for what in ("as slow", "last")
+    ]
+
+
+def test_fused_linears_hold_the_same_weights() -> None:
+    for sizes in (LLAMA_8B, LLAMA_70B):
+        assert sum(map(math.prod, sizes.fused().values())) == sum(map(math.prod, sizes.linears.values()))
+    assert LAYERS["8b qkv"] == (6144, 4096)
+    assert LAYERS["70b down"] == (8192, 28672)
+    assert SHARDS["70b/8 qkv"] == (1280, 8192)
+    assert sum(map(math.prod, SHARDS.values())) * 8 == sum(map(math.prod, LLAMA_70B.linears.values()))
+
+
+def test_bounds_are_of_memory_or_of_arithmetic() -> None:
+    ceilings = {"bytes_per_s": 1e9, "dense_flops": 1e12}
+    entries: dict[str, dict[str, Any]] = {"dense": {"bytes": 2 * 1000 * 500}, "cusparselt": {"bytes": 562_500}}
+    add_bound(entries, (1000, 500), 1, ceilings)
+    # 1,500 values of two bytes besides the weight.
+    assert entries["dense"]["bound_us"] == pytest.approx(1000 + 3)
+    assert entries["cusparselt"]["bound_us"] == pytest.approx(562.5 + 3)
+    add_bound(entries, (1000, 500), 1000, {**ceilings, "bytes_per_s": 1e15})
+    assert entries["dense"]["bound_us"] == pytest.approx(1000)
+    assert entries["cusparselt"]["bound_us"] == pytest.approx(500)
 
 
 class Wrong(TorchSession):

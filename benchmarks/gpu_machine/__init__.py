@@ -1,1 +1,1 @@
-"""What the packages for a borrowed GPU machine share: batches of files, records, processes of their own."""
+"""What the packages for a borrowed GPU machine share: batches of files, records, processes, clocks, weights."""

@@ -8,12 +8,14 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from provenance import commit
 
+T = TypeVar("T")
 WRONG, NOT_RUN = 1, 3
 # Of what was packed; lies beside the folder with the packages.
 MANIFEST = "manifest.json"
@@ -39,6 +41,20 @@ class Record:
     def left_s(self) -> float:
         """Seconds until the budget is spent."""
         return self.deadline - time.monotonic()
+
+    def affordable(self, cases: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+        """Those of ``cases`` (their names first) that the budget is enough for, if each takes as long as the longest.
+
+        The others are noted as not run; what the first takes is not known, and 5 s are enough to try it.
+        """
+        longest = 5.0
+        for what, case in cases:
+            if self.left_s < longest:
+                self.not_run(what, f"the budget is spent: {self.left_s:.0f} s left")
+                continue
+            started = time.monotonic()
+            yield what, case
+            longest = max(longest, time.monotonic() - started)
 
     def failed(self, what: str, why: str) -> None:
         """Note that ``what`` gave a wrong result or crashed."""

@@ -19,6 +19,9 @@ A run on an H200, whose records are then copied to benchmarks/results:
     python3 benchmarks/kernels_gpu prefill --out $OUT/kernels_gpu_prefill.json --budget-s 120;
     python3 benchmarks/kernels_gpu model --out $OUT/kernels_gpu_model.json --budget-s 120
 
+Beside each time stand what the hardware allows and how long a call keeps the host busy. `--kernels` times others than
+the best one known, and --layers also a GPU's share of a 70B model on eight.
+
 What may crash or poison a CUDA context runs in a process of its own. Exit status: 0 all well, 1 something is wrong, 3
 something could not be run or did not fit into --budget-s; the record says what and why. What is tuned lies in --work
 and is read from there by the stages after it. With `--device cpu --tiny` the machinery runs on an ordinary machine,
@@ -30,7 +33,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 # A folder that is run is on the path itself; its modules are those of a package, beside the other benchmarks.
@@ -38,31 +40,27 @@ sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_machine.children import child
-from gpu_machine.record import NOT_RUN
+from gpu_machine.stages import main, stage_options
 
 from kernels_gpu.check import TASKS, check
 from kernels_gpu.decode import decode
-from kernels_gpu.layers import DECODE, LAYERS, MLP
+from kernels_gpu.layers import DECODE, LAYERS, MLP, SHARDS
 from kernels_gpu.model import model
 from kernels_gpu.prefill import prefill
 from kernels_gpu.tune import tune
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "kernels_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stages = parser.add_subparsers(required=True, metavar="STAGE")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True)
-    common.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    common.add_argument("--tiny", action="store_true", help="sizes that an ordinary machine runs in a minute")
-    common.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "kernels-gpu")
-    common.add_argument("--budget-s", type=float, default=500)
+    common = stage_options("kernels-gpu", 500)
     common.add_argument("--samples", type=int, default=20, help="of each variant, in turn")
     layers = argparse.ArgumentParser(add_help=False)
-    layers.add_argument("--layers", nargs="+", default=list(LAYERS), choices=LAYERS)
+    layers.add_argument("--layers", nargs="+", default=list(LAYERS), choices=[*LAYERS, *SHARDS])
+    timed = argparse.ArgumentParser(add_help=False)
+    timed.add_argument("--kernels", nargs="+", choices=TASKS, help="to time beside the dense product")
     decoded = argparse.ArgumentParser(add_help=False)
     decoded.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     decoded.add_argument("--patterns", nargs="+", default=list(DECODE), help="2:4, or a share of zeros")
@@ -72,10 +70,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     stage = stages.add_parser("tune", parents=[common, layers, decoded], help="search configurations and algorithms")
     stage.add_argument("--prefill-tokens", type=int, nargs="*", default=[2048, 4096, 8192])
     stage.set_defaults(run=tune)
-    stage = stages.add_parser("decode", parents=[common, layers, decoded], help="time single linears, few tokens")
+    stage = stages.add_parser(
+        "decode", parents=[common, layers, decoded, timed], help="time single linears, few tokens"
+    )
     stage.set_defaults(run=decode)
-    stage = stages.add_parser("prefill", parents=[common], help="time MLPs, many tokens")
-    stage.add_argument("--layers", nargs="+", default=list(MLP), choices=MLP)
+    stage = stages.add_parser("prefill", parents=[common, timed], help="time MLPs, many tokens")
+    stage.add_argument("--layers", nargs="+", default=list(MLP), choices=[*LAYERS, *SHARDS])
     stage.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     stage.set_defaults(run=prefill)
     stage = stages.add_parser("model", parents=[common], help="time a whole decode step")
@@ -86,20 +86,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["child"]:
-        child(TASKS[sys.argv[2]], Path(sys.argv[3]))
-        return
-    options = parse()
+def parse_and_keep(arguments: list[str]) -> argparse.Namespace:
+    """What is asked for; what is tuned is kept in --work, and found there."""
+    options = parse(arguments)
     os.environ["SPARSIFY_CACHE"] = str(options.work / "cache")
-    if options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no CUDA device: this needs an NVIDIA GPU and a CUDA build of torch; try --device cpu --tiny")
-            sys.exit(NOT_RUN)
-    sys.exit(options.run(options))
+    return options
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_and_keep, TASKS)

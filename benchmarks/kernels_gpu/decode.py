@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
-from vllm_gpu.layer import measure_ceilings
+from gpu_machine.timing import measure_ceilings
 
 from kernels_gpu.layers import Record, copies_needed, shapes, variants
-from kernels_gpu.timing import CLOCK, add_bandwidth, summary, time_variants
+from kernels_gpu.timing import CLOCK, add_bandwidth, add_bound, summary, time_variants
 
 
 def decode(options: argparse.Namespace) -> int:
@@ -19,31 +18,33 @@ def decode(options: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     record.body |= {"ceilings": ceilings, "timing": CLOCK[options.device], "dtype": "bfloat16", "rows": rows}
     print(f"ceilings: {ceilings}", flush=True)
-    longest = 0.0
-    for name, shape in shapes(options).items():
-        for pattern in options.patterns:
-            what = f"decode {name} {pattern}"
-            if record.left_s < max(longest, 5):
-                record.not_run(what, f"the budget is spent: {record.left_s:.0f} s left")
-                continue
-            started = time.monotonic()
-            for row in _rows(record, what, shape, pattern, options, ceilings["bytes_per_s"]):
-                rows.append({"layer": name, **row})
-            longest = max(longest, time.monotonic() - started)
-            record.body["summary"] = summary(rows, ("pattern", "tokens"))
-            record.write()
+    cases = [
+        (f"decode {name} {pattern}", (name, shape, pattern))
+        for name, shape in shapes(options).items()
+        for pattern in options.patterns
+    ]
+    for what, (name, shape, pattern) in record.affordable(cases):
+        for row in _rows(record, what, shape, pattern, options, ceilings):
+            rows.append({"layer": name, **row})
+        record.body["summary"] = summary(rows, ("pattern", "tokens"))
+        record.write()
     for line in record.body.get("summary", []):
         print(line)
     return record.close()
 
 
 def _rows(
-    record: Record, what: str, shape: tuple[int, int], pattern: str, options: argparse.Namespace, bytes_per_s: float
+    record: Record,
+    what: str,
+    shape: tuple[int, int],
+    pattern: str,
+    options: argparse.Namespace,
+    ceilings: dict[str, float],
 ) -> list[dict[str, Any]]:
     import torch
 
     on_gpu = options.device == "cuda"
-    names = ["triton"] if on_gpu else ["packed"]
+    names = options.kernels or (["triton"] if on_gpu else ["packed"])
     n_copies = copies_needed(shape, pattern, options.device)
     found, refused = variants(shape, pattern, names, options.device, n_copies)
     for name, why in refused.items():
@@ -54,7 +55,8 @@ def _rows(
         entries, failed = time_variants(found, x, options.samples, on_gpu)
         for name, why in failed.items():
             record.failed(f"{what}, {tokens} tokens, {name}", why)
-        add_bandwidth(entries, 2 * tokens * sum(shape), bytes_per_s)
+        add_bandwidth(entries, 2 * tokens * sum(shape), ceilings["bytes_per_s"])
+        add_bound(entries, shape, tokens, ceilings)
         rows.append({"shape": shape, "pattern": pattern, "tokens": tokens, "copies": n_copies, "variants": entries})
         shown = {name: f"{entry['us']['median']:.1f} us, {entry['speedup']:.2f}x" for name, entry in entries.items()}
         print(f"{what}, {tokens} tokens: {shown}", flush=True)

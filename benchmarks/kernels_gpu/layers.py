@@ -12,6 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpu_machine import record
+from gpu_machine.llama import LLAMA_8B, LLAMA_70B
+from gpu_machine.weights import pruned
 
 if TYPE_CHECKING:
     import torch
@@ -21,17 +23,13 @@ if TYPE_CHECKING:
 
     Run = Callable[[torch.Tensor], torch.Tensor]
 
-# [out, in], as inference engines fuse them: q, k and v in one, gate and up in one.
+# [out, in], as inference engines fuse them; those of SHARDS on each of 8 GPUs.
 LAYERS = {
-    "8b qkv": (6144, 4096),
-    "8b o": (4096, 4096),
-    "8b gate_up": (28672, 4096),
-    "8b down": (4096, 14336),
-    "70b qkv": (10240, 8192),
-    "70b o": (8192, 8192),
-    "70b gate_up": (57344, 8192),
-    "70b down": (8192, 28672),
+    f"{size} {name}": shape
+    for size, sizes in (("8b", LLAMA_8B), ("70b", LLAMA_70B))
+    for name, shape in sizes.fused().items()
 }
+SHARDS = {f"70b/8 {name}": shape for name, shape in LLAMA_70B.fused(8).items()}
 MLP = [name for name in LAYERS if name.endswith(("gate_up", "down"))]
 TINY = {"tiny": (96, 192)}
 DECODE = ("2:4", "0.5", "0.6", "0.7")
@@ -62,7 +60,7 @@ class Variant:
 
 def shapes(options: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """The linears that were asked for."""
-    return TINY if options.tiny else {name: LAYERS[name] for name in options.layers}
+    return TINY if options.tiny else {name: {**LAYERS, **SHARDS}[name] for name in options.layers}
 
 
 def packed_weight(shape: tuple[int, int], pattern: str, device: str, dtype: Any = None) -> Packed:
@@ -75,10 +73,7 @@ def packed_weight(shape: tuple[int, int], pattern: str, device: str, dtype: Any 
     weight = torch.randn(shape, device=device, dtype=torch.float32).div_(math.sqrt(shape[1]))
     parsed = parse_pattern(pattern)
     if isinstance(parsed, NofM):
-        from sparsify.masks import keep_mask
-
-        weight.masked_fill_(~keep_mask(weight.abs(), parsed), 0)
-        return encode(weight.to(dtype or torch.bfloat16), parsed)
+        return encode(pruned(weight, parsed).to(dtype or torch.bfloat16), parsed)
     # By a threshold for all rows: their numbers of values differ, as those of a pruned model do.
     limit = statistics.NormalDist(0.0, 1.0 / math.sqrt(shape[1])).inv_cdf(0.5 + float(Fraction(pattern)) / 2)
     weight.masked_fill_(weight.abs() < limit, 0)
@@ -132,12 +127,12 @@ def prepared(name: str, packed: Packed, device: str) -> tuple[int, Run] | str:
         return why
     state = kernel.prepare(packed)
     if name == "triton":
+        from sparsify.kernels.linear import operands
         from sparsify.kernels.triton_decode import linear_cuda
 
-        values, mask, starts = (state.tensors[part] for part in ("values", "mask", "starts"))
-        n_out, n_in, n, m = (state.sizes[part] for part in ("n_out", "n_in", "n", "m"))
+        weight = operands(state.tensors, state.sizes, None, name)
         # Not through the operator: what is measured is this kernel, whatever else is registered.
-        return state.n_bytes, lambda x: linear_cuda(x, values, mask, starts, None, None, n_out, n_in, n, m)
+        return state.n_bytes, lambda x: linear_cuda(x, weight)
     return state.n_bytes, lambda x: kernel.linear(x, state.tensors, state.sizes, None)
 
 

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from gpu_machine.llama import LLAMA_8B, Llama
 from gpu_machine.record import spread
-from vllm_gpu.kernels import capture
+from gpu_machine.timing import capture, seconds
 
 from kernels_gpu.layers import Record, packed_weight, prepared
-from kernels_gpu.timing import seconds
 
 if TYPE_CHECKING:
     import torch
 
     from kernels_gpu.layers import Run
 
-# hidden, intermediate, layers, heads, key/value heads, size of a head, vocabulary
-FULL = {"hidden": 4096, "inner": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "head": 128, "vocabulary": 128256}
-TINY = {"hidden": 64, "inner": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head": 16, "vocabulary": 128}
+TINY = Llama(64, 128, 2, 4, 2, 128)
 
 
 def model(options: argparse.Namespace) -> int:
@@ -32,20 +31,20 @@ def model(options: argparse.Namespace) -> int:
 
     record = Record("model", options)
     on_gpu = options.device == "cuda"
-    sizes = TINY if options.tiny else FULL
+    sizes = TINY if options.tiny else LLAMA_8B
     rows: list[dict[str, Any]] = []
-    record.body |= {"sizes": sizes, "context": options.context, "rows": rows, "weights": "random, bfloat16"}
+    record.body |= {"sizes": asdict(sizes), "context": options.context, "rows": rows, "weights": "random, bfloat16"}
     kernel = "triton" if on_gpu else "packed"
     for pattern in options.patterns:
         if record.left_s < 30:
             record.not_run(f"model {pattern}", f"the budget is spent: {record.left_s:.0f} s left")
             continue
-        layers = [_layer(sizes, pattern, kernel, options.device) for _ in range(sizes["layers"])]
+        layers = [_layer(sizes, pattern, kernel, options.device) for _ in range(sizes.layers)]
         why = next((why for layer in layers for why in layer["why"]), None)
         if why:
             record.not_run(f"model {pattern}", why)
             continue
-        head = torch.randn(sizes["vocabulary"], sizes["hidden"], device=options.device, dtype=torch.bfloat16) / 64
+        head = torch.randn(sizes.vocabulary, sizes.hidden, device=options.device, dtype=torch.bfloat16) / 64
         for tokens in options.tokens:
             steps = {
                 name: _step(sizes, [layer[name] for layer in layers], head, tokens, options.context, options.device)
@@ -66,7 +65,7 @@ def model(options: argparse.Namespace) -> int:
     return record.close()
 
 
-def _layer(sizes: dict[str, int], pattern: str, kernel: str, device: str) -> dict[str, Any]:
+def _layer(sizes: Llama, pattern: str, kernel: str, device: str) -> dict[str, Any]:
     """The four products of a layer, dense and by ``kernel``, their bytes, and why the kernel does not take them."""
     from functools import partial
 
@@ -74,11 +73,8 @@ def _layer(sizes: dict[str, int], pattern: str, kernel: str, device: str) -> dic
 
     from sparsify.format.packed import decode
 
-    hidden, inner = sizes["hidden"], sizes["inner"]
-    width = (sizes["heads"] + 2 * sizes["kv_heads"]) * sizes["head"]
-    shapes = [(width, hidden), (hidden, sizes["heads"] * sizes["head"]), (2 * inner, hidden), (hidden, inner)]
     layer: dict[str, Any] = {"dense": [], kernel: [], "why": [], "bytes": {"dense": 0, kernel: 0}}
-    for shape in shapes:
+    for shape in sizes.fused().values():
         packed = packed_weight(shape, pattern, device)
         dense = decode(packed)
         layer["dense"].append(partial(torch.nn.functional.linear, weight=dense))
@@ -93,21 +89,21 @@ def _layer(sizes: dict[str, int], pattern: str, kernel: str, device: str) -> dic
 
 
 def _step(
-    sizes: dict[str, int], layers: list[list[Run]], head: torch.Tensor, tokens: int, context: int, device: str
+    sizes: Llama, layers: list[list[Run]], head: torch.Tensor, tokens: int, context: int, device: str
 ) -> Callable[[], torch.Tensor]:
     """A function of nothing: the logits of one new token in each of ``tokens`` sequences."""
     import torch
 
     generator = torch.Generator(device=device).manual_seed(0)
-    heads, kv_heads, size = sizes["heads"], sizes["kv_heads"], sizes["head"]
+    heads, kv_heads, size = sizes.heads, sizes.kv_heads, sizes.hidden // sizes.heads
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, generator=generator).to(torch.bfloat16)
 
-    start = random(tokens, sizes["hidden"])
+    start = random(tokens, sizes.hidden)
     # One cache for all layers, which share it: attention costs the same in every variant.
     keys, values = random(tokens, kv_heads, context, size), random(tokens, kv_heads, context, size)
-    norm = torch.ones(sizes["hidden"], device=device, dtype=torch.bfloat16)
+    norm = torch.ones(sizes.hidden, device=device, dtype=torch.bfloat16)
     functional = torch.nn.functional
 
     def step() -> torch.Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
-from vllm_gpu.layer import measure_ceilings
+from gpu_machine.timing import measure_ceilings
 
 from kernels_gpu.layers import FP8, Record, Variant, shapes, variants
-from kernels_gpu.timing import CLOCK, summary, time_variants
+from kernels_gpu.timing import CLOCK, add_bound, summary, time_variants
 
 
 def prefill(options: argparse.Namespace) -> int:
@@ -18,19 +17,16 @@ def prefill(options: argparse.Namespace) -> int:
 
     record = Record("prefill", options)
     on_gpu = options.device == "cuda"
+    names = options.kernels or (["cusparselt", FP8] if on_gpu else ["packed"])
+    ceilings = measure_ceilings(options.device, options.tiny)
     rows: list[dict[str, Any]] = []
     record.body |= {
-        "ceilings": measure_ceilings(options.device, options.tiny), "timing": CLOCK[options.device],
+        "ceilings": ceilings, "timing": CLOCK[options.device],
         "dtype": "bfloat16", "rows": rows,
     }  # fmt: skip
-    longest = 0.0
-    for name, shape in shapes(options).items():
-        what = f"prefill {name}"
-        if record.left_s < max(longest, 5):
-            record.not_run(what, f"the budget is spent: {record.left_s:.0f} s left")
-            continue
-        started = time.monotonic()
-        found, refused = variants(shape, "2:4", ["cusparselt", FP8] if on_gpu else ["packed"], options.device, 1)
+    cases = [(f"prefill {name}", (name, shape)) for name, shape in shapes(options).items()]
+    for what, (name, shape) in record.affordable(cases):
+        found, refused = variants(shape, "2:4", names, options.device, 1)
         for kernel, why in refused.items():
             record.not_run(f"{what} {kernel}", why)
         if on_gpu:
@@ -40,12 +36,12 @@ def prefill(options: argparse.Namespace) -> int:
             entries, failed = time_variants(found, x, options.samples, on_gpu)
             for kernel, why in failed.items():
                 record.failed(f"{what}, {tokens} tokens, {kernel}", why)
+            add_bound(entries, shape, tokens, ceilings)
             for kernel in entries:
                 entries[kernel]["algorithm"] = _algorithm(kernel, shape, tokens) if on_gpu else None
             rows.append({"layer": name, "shape": shape, "tokens": tokens, "variants": entries})
             shown = {key: f"{entry['us']['median']:.0f} us" for key, entry in entries.items()}
             print(f"{what}, {tokens} tokens: {shown}", flush=True)
-        longest = max(longest, time.monotonic() - started)
         record.body["summary"] = [*summary(rows, ("tokens",)), *summary(rows, ())]
         record.write()
     for line in record.body.get("summary", []):

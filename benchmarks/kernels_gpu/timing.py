@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gpu_machine.record import spread
-from vllm_gpu.kernels import capture
+from gpu_machine.timing import host_us, seconds, several
 
 if TYPE_CHECKING:
     import torch
@@ -21,40 +20,7 @@ CLOCK = {
     "the L2 cache three times; variants in turn",
     "cpu": "host clock around several calls; variants in turn",
 }
-
-
-def seconds(run: Callable[[], Any], on_gpu: bool) -> float:
-    """Of one call."""
-    import torch
-
-    if not on_gpu:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    event: Any = torch.cuda.Event
-    start, end = event(enable_timing=True), event(enable_timing=True)
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def several(copies: list[Any], x: torch.Tensor, calls: int, on_gpu: bool) -> Callable[[], Any]:
-    """``calls`` calls, each with the next copy, as one graph where there is a GPU."""
-    turns = itertools.cycle(copies)
-
-    def run() -> Any:
-        for _ in range(calls):
-            result = next(turns)(x)
-        return result
-
-    if not on_gpu:
-        run()
-        return run
-    graph, _ = capture(run)
-    graph.replay()
-    return graph.replay
+RATES = {"cusparselt": 2.0, "cutlass": 2.0, "dense_fp8": 2.0, "cusparselt_fp8": 4.0}
 
 
 def time_variants(
@@ -82,6 +48,9 @@ def time_variants(
     for entry in entries.values():
         entry["us"] = spread(entry["samples_us"])
         entry["speedup"] = entries["dense"]["us"]["median"] / entry["us"]["median"] if "dense" in entries else None
+    if on_gpu:
+        for name, entry in entries.items():
+            entry["host_us"] = host_us(variants[name].copies[0], x)
     return entries, failed
 
 
@@ -90,6 +59,20 @@ def add_bandwidth(entries: dict[str, dict[str, Any]], n_bytes_besides: int, byte
     for entry in entries.values():
         rate = (entry["bytes"] + n_bytes_besides) / (entry["us"]["median"] / 1e6)
         entry["share_of_copy_bandwidth"] = rate / bytes_per_s
+
+
+def add_bound(
+    entries: dict[str, dict[str, Any]], shape: tuple[int, int], tokens: int, ceilings: dict[str, float]
+) -> None:
+    """The time below which none can be, by what is measured of the machine.
+
+    The larger of bytes over copy bandwidth and operations over the rate of a dense bfloat16 product; RATES says by
+    how much the tensor cores are faster than that, as the datasheet claims.
+    """
+    for name, entry in entries.items():
+        n_bytes = entry["bytes"] + 2 * tokens * sum(shape)
+        rate = RATES.get(name, 1.0) * ceilings["dense_flops"]
+        entry["bound_us"] = 1e6 * max(n_bytes / ceilings["bytes_per_s"], 2 * tokens * math.prod(shape) / rate)
 
 
 def summary(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> list[dict[str, Any]]:

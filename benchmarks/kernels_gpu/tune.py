@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -21,17 +20,14 @@ def tune(options: argparse.Namespace) -> int:
         return record.close()
     # Algorithms first: they are few, and the search has a time-out of its own.
     _algorithms(record, options, algorithms)
-    longest = 0.0
-    for name, shape in shapes(options).items():
-        for pattern in options.patterns:
-            for tokens in options.tokens:
-                what = f"tune {name} {pattern} {tokens} tokens"
-                if record.left_s < max(longest, 5):
-                    record.not_run(what, f"the budget is spent: {record.left_s:.0f} s left")
-                    continue
-                started = time.monotonic()
-                _configurations(record, what, {"layer": name, "pattern": pattern, "tokens": tokens}, shape, rows)
-                longest = max(longest, time.monotonic() - started)
+    cases = [
+        (f"tune {name} {pattern} {tokens} tokens", ({"layer": name, "pattern": pattern, "tokens": tokens}, shape))
+        for name, shape in shapes(options).items()
+        for pattern in options.patterns
+        for tokens in options.tokens
+    ]
+    for what, (row, shape) in record.affordable(cases):
+        _configurations(record, what, row, shape, rows)
         record.write()
     return record.close()
 

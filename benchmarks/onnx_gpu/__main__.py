@@ -21,16 +21,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 # A folder that is run is on the path itself; its modules are those of a package, beside the other benchmarks.
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_machine.batches import take
-from gpu_machine.children import child
-from gpu_machine.record import NOT_RUN
+from gpu_machine.stages import add_packing, main, stage_options
 
 from onnx_gpu.pack import pack
 from onnx_gpu.run import PARTS, run
@@ -43,17 +40,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "onnx_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stages = parser.add_subparsers(required=True, metavar="STAGE")
-    stage = stages.add_parser("pack", help="what the GPU machine lacks, in batches", description=pack.__doc__)
-    stage.add_argument("--out", type=Path, required=True)
-    stage.add_argument("--limit-mib", type=float, default=60, help="of a batch; the checkout's own files travel too")
+    stage = add_packing(stages, pack, Path(__file__).parent)
     stage.add_argument("--wheel", type=Path, nargs="+", default=[], help="further wheels, as of TensorRT")
-    stage.set_defaults(run=pack)
-    stage = stages.add_parser("unpack", help="join, verify and unpack the batches")
-    stage.add_argument("--batches", type=Path, required=True)
-    stage.add_argument("--into", type=Path, required=True)
-    stage.set_defaults(run=lambda options: take(options.batches, options.into, Path(__file__).parent))
-    stage = stages.add_parser("run", help="export, build, check and time")
-    stage.add_argument("--out", type=Path, required=True)
+    stage = stages.add_parser(
+        "run", parents=[stage_options("onnx-gpu/work", 560)], help="export, build, check and time"
+    )
     stage.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     stage.add_argument("--precisions", nargs="+", default=["fp16", "bf16"], choices=["fp32", "fp16", "bf16"])
     stage.add_argument("--runtime", choices=["tensorrt", "tensorrt-rtx"], help="default: whichever is there, in order")
@@ -62,10 +53,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     stage.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
     stage.add_argument("--new-tokens", type=int, default=64)
     stage.add_argument("--repeats", type=int, default=5)
-    stage.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    stage.add_argument("--tiny", action="store_true", help="sizes that an ordinary machine runs in minutes")
-    stage.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "onnx-gpu/work")
-    stage.add_argument("--budget-s", type=float, default=560)
     stage.set_defaults(run=run)
     stage = stages.add_parser("twin", help="time an artifact's engine against its dense twin", description=twin.__doc__)
     stage.add_argument("--artifact", type=Path, required=True, help="folder that --target tensorrt wrote")
@@ -78,19 +65,5 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["child"]:
-        child(TASKS[sys.argv[2]], Path(sys.argv[3]))
-        return
-    options = parse(sys.argv[1:])
-    if getattr(options, "device", None) == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no CUDA device: this needs an NVIDIA GPU and a CUDA build of torch; try --device cpu --tiny")
-            sys.exit(NOT_RUN)
-    sys.exit(options.run(options))
-
-
 if __name__ == "__main__":
-    main()
+    main(parse, TASKS)

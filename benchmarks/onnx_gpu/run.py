@@ -10,7 +10,7 @@ from typing import Any
 
 from gpu_machine import record
 from gpu_machine.children import Done, run_process, scratch_folder
-from vllm_gpu.model import Llama
+from gpu_machine.llama import Llama
 
 MODELS = {
     # Llama-3.2-1B's blocks; a small vocabulary, so that logits and embedding do not hide the linears.

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gpu.model import Llama, write_model
+from gpu_machine.llama import Llama, write_model
 
 from onnx_gpu.compare import CASES, check_session, references
 from onnx_gpu.timing import time_sessions

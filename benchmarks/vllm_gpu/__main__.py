@@ -7,58 +7,42 @@ than ten minutes, and all but `unpack` write one JSON record:
     python3 benchmarks/vllm_gpu pack   --out DIR                   download and write the batches
     python3 benchmarks/vllm_gpu unpack --batches DIR --into DIR    join, verify, unpack; the rest runs after `. DIR/env`
     vllm_gpu check --out FILE              format, kernels and vLLM against the CPU and dense
-    vllm_gpu layer --out FILE              each kernel against F.linear, with the bound of the hardware
     vllm_gpu model --out FILE              random weights of Llama-3.1-8B's shape with 2:4 zeros
     vllm_gpu serve --out FILE [--resume]   tokens per second, memory, load time, variants in turn
 
 What may crash or poison a CUDA context runs in a process of its own. Exit status: 0 all well, 1 something is wrong, 3
 something could not be run or did not fit into --budget-s; the record says what and why. Models and caches lie in
---work. With `--device cpu --tiny` everything but CUDA itself runs on an ordinary machine.
+--work. With `--device cpu --tiny` everything but CUDA itself runs on an ordinary machine. Single linears are timed by
+benchmarks/kernels_gpu.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 # A folder that is run is on the path itself; its modules are those of a package, beside the other benchmarks.
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from gpu_machine.batches import take
-from gpu_machine.children import child
-from gpu_machine.record import NOT_RUN
+from gpu_machine.stages import add_packing, main, stage_options
 
 from vllm_gpu.check import PARTS, check
 from vllm_gpu.children import TASKS
-from vllm_gpu.layer import LAYERS, layer
 from vllm_gpu.model import model
 from vllm_gpu.pack import pack
 from vllm_gpu.serve import serve
 from vllm_gpu.variants import KERNELS, VARIANTS
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "vllm_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stages = parser.add_subparsers(required=True, metavar="STAGE")
-    stage = stages.add_parser("pack", help="what the GPU machine lacks, in batches", description=pack.__doc__)
-    stage.add_argument("--out", type=Path, required=True)
-    stage.add_argument("--limit-mib", type=float, default=60, help="of a batch; the checkout's own files travel too")
-    stage.set_defaults(run=pack)
-    stage = stages.add_parser("unpack", help="join, verify and unpack the batches")
-    stage.add_argument("--batches", type=Path, required=True)
-    stage.add_argument("--into", type=Path, required=True)
-    stage.set_defaults(run=lambda options: take(options.batches, options.into, Path(__file__).parent))
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True)
-    common.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    common.add_argument("--tiny", action="store_true", help="sizes that an ordinary machine runs in a minute")
-    common.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vllm-gpu/work")
-    common.add_argument("--budget-s", type=float, default=560)
+    add_packing(stages, pack, Path(__file__).parent)
+    common = stage_options("vllm-gpu/work", 560)
     kernels = argparse.ArgumentParser(add_help=False)
     kernels.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     engine = argparse.ArgumentParser(add_help=False)
@@ -66,12 +50,6 @@ def parse() -> argparse.Namespace:
     stage = stages.add_parser("check", parents=[common, kernels, engine], help="is it right")
     stage.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     stage.set_defaults(run=check)
-    stage = stages.add_parser("layer", parents=[common, kernels], help="time single linears")
-    stage.add_argument("--shapes", nargs="+", default=list(LAYERS), choices=LAYERS)
-    stage.add_argument("--tokens", type=int, nargs="+", default=tuple(1 << i for i in range(13)))
-    stage.add_argument("--samples", type=int, default=10)
-    stage.add_argument("--no-search", action="store_true", help="without cuSPARSELt's own search for an algorithm")
-    stage.set_defaults(run=layer)
     stage = stages.add_parser("model", parents=[common], help="write the model that serve runs")
     stage.add_argument("--layers", type=int, help="blocks, fewer than the model has")
     stage.set_defaults(run=model)
@@ -85,22 +63,8 @@ def parse() -> argparse.Namespace:
     stage.add_argument("--resume", action="store_true", help="add to the rounds of the call before, kept in --work")
     stage.add_argument("--in-process", action="store_true", help="the engine in the process that asks")
     stage.set_defaults(run=serve)
-    return parser.parse_args()
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["child"]:
-        child(TASKS[sys.argv[2]], Path(sys.argv[3]))
-        return
-    options = parse()
-    if getattr(options, "device", None) == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no CUDA device: this needs an NVIDIA GPU and a CUDA build of torch; try --device cpu --tiny")
-            sys.exit(NOT_RUN)
-    sys.exit(options.run(options))
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse, TASKS)

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from gpu_machine.weights import ERROR_FACTOR
+
 from vllm_gpu.children import run_child
-from vllm_gpu.kernels import ERROR_FACTOR
 from vllm_gpu.model import MODELS, make_model
 from vllm_gpu.record import Record
 from vllm_gpu.variants import absent, run_engine

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_gpu.model import Llama
+from gpu_machine.llama import Llama
 
 
 class Probe:

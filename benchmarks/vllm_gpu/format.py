@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from vllm_gpu.weights import describe, random_packed, same_bits
+from gpu_machine.weights import describe, random_packed, same_bits
 
 if TYPE_CHECKING:
     from sparsify.format.packed import Packed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vllm_gpu.weights import describe, random_packed, same_bits
+from gpu_machine.timing import capture
+from gpu_machine.weights import describe, errors, poison, random_packed, same_bits
 
 if TYPE_CHECKING:
     import torch
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from sparsify.format.packed import Packed
     from sparsify.kernels.kernel import Kernel
     from sparsify.types import NofM
-
-# A kernel's error against float64 may be this many times that of F.linear in the same dtype, or of one rounding.
-ERROR_FACTOR = 3.0
 
 
 def check_kernel(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -75,21 +73,6 @@ def check_kernel(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"part": "refusal", "case": name, "ok": right, "why": choice.reason}
 
 
-def _errors(
-    result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[float, float, bool]:
-    """Relative errors against float64 of ``result`` and of F.linear, and whether the first is acceptable."""
-    import torch
-
-    linear = torch.nn.functional.linear
-    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
-    size = float(exact.norm()) or 1.0
-    error = float((result.double() - exact).norm()) / size
-    dense = float((linear(x, weight, bias).double() - exact).norm()) / size
-    # A NaN compares false.
-    return error, dense, error <= ERROR_FACTOR * max(dense, torch.finfo(x.dtype).eps / 4)
-
-
 def _eager_cases(kernel: Kernel, packed: Packed, device: str) -> Iterator[dict[str, Any]]:
     import torch
 
@@ -109,11 +92,9 @@ def _eager_cases(kernel: Kernel, packed: Packed, device: str) -> Iterator[dict[s
     inputs["5 tokens of 16"] = random(16, n_in)[3:8]
     for name, with_bias in itertools.product(inputs, (False, True)):
         x, bias = inputs[name], random(n_out) if with_bias else None
-        # What the allocator hands out next is not zero: an element that is never written shows.
-        poison = torch.full((x.numel() // n_in + 8, n_out), math.nan, dtype=packed.dtype, device=device)
-        del poison
+        poison((x.numel() // n_in + 8) * n_out, packed.dtype, device)
         result = kernel.linear(x, state.tensors, state.sizes, bias)
-        error, dense, right = _errors(result, x, weight, bias)
+        error, dense, right = errors(result, x, weight, bias)
         right &= tuple(result.shape) == (*x.shape[:-1], n_out) and result.dtype == x.dtype and result.is_contiguous()
         again = kernel.linear(x, state.tensors, state.sizes, bias)
         yield {
@@ -155,22 +136,6 @@ def _graph_cases(kernel: Kernel, packed: Packed, bias: torch.Tensor) -> Iterator
             torch.cuda.synchronize()
             equal.append(same_bits(result, kernel.linear(x, state.tensors, state.sizes, bias)))
         yield {"case": f"{tokens} tokens", "ok": all(equal), "equal": equal}
-
-
-def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of a call of ``run``, and its result."""
-    import torch
-
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
 
 
 def _profile(kernel: Kernel, packed: Packed) -> dict[str, Any]:

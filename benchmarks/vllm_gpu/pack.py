@@ -110,8 +110,7 @@ that comes back. A command may take ten minutes, the machine is lent for thirty.
 . /tmp/vllm-gpu/env && vllm_gpu check --budget-s 420 --kernels packed cusparselt --out $OUT/check.json;
 python3 -m pytest -q -m gpu -o filterwarnings=default tests/test_gpu.py 2>&1 | tee $OUT/pytest.txt
 
-. /tmp/vllm-gpu/env; vllm_gpu layer --budget-s 200 --kernels packed cusparselt --out $OUT/layer.json;
-vllm_gpu model --out $OUT/model.json &&
+. /tmp/vllm-gpu/env; vllm_gpu model --out $OUT/model.json &&
 vllm_gpu serve --budget-s 280 --variants plain dense packed cusparselt --out $OUT/serve.json
 
 . /tmp/vllm-gpu/env; vllm_gpu serve --resume --variants plain dense packed cusparselt --out $OUT/serve.json

@@ -1,4 +1,4 @@
-"""Random pruned weights, and whether two tensors are the same."""
+"""Random pruned weights, how far a product is from the exact one, and whether two tensors are the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
     from sparsify.format.packed import Packed
     from sparsify.types import NofM
+
+
+# A product's error against float64 may be this many times that of F.linear in the same dtype, or of one rounding.
+ERROR_FACTOR = 3.0
 
 
 def pruned(weight: torch.Tensor, pattern: NofM | None) -> torch.Tensor:
@@ -64,3 +68,25 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
     as_bytes = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other)]
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*as_bytes)
+
+
+def errors(
+    result: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[float, float, bool]:
+    """Relative errors against float64 of ``result`` and of F.linear, and whether the first is acceptable."""
+    import torch
+
+    linear = torch.nn.functional.linear
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = float(exact.norm()) or 1.0
+    error = float((result.double() - exact).norm()) / size
+    dense = float((linear(x, weight, bias).double() - exact).norm()) / size
+    # A NaN compares false.
+    return error, dense, error <= ERROR_FACTOR * max(dense, torch.finfo(x.dtype).eps / 4)
+
+
+def poison(n_values: int, dtype: torch.dtype, device: str) -> None:
+    """Leave NaNs in the memory that the allocator hands out next: an element that is never written shows."""
+    import torch
+
+    torch.full((n_values,), math.nan, dtype=dtype, device=device)
