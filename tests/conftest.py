@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-pytest.register_assert_rewrite("tests.problems", "tests.coupled")
+pytest.register_assert_rewrite("tests.problems", "tests.coupled", "tests.checkpoints", "tests.onnxruntime_artifacts")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

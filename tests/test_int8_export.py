@@ -22,10 +22,10 @@ from sparsify.recipe import Recipe
 from sparsify.targets import Options, check_options, options_for
 from sparsify.types import NofM
 from sparsify.verify import verify
+from tests.checkpoints import logits, opened, same
 from tests.conftest import CONFIGS, Run, refuse, save_random_model
 from tests.coupled import run
 from tests.test_format_files import assert_same_tensors, read_all
-from tests.test_transformers_plugin import logits, opened, same
 
 INT8 = Options(precision="int8")
 FAMILIES = ["llama", "phi3", "mixtral", "qwen3_moe"]

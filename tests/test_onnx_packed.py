@@ -1,9 +1,7 @@
-"""Packed weights in ONNX files: what ONNX Runtime folds, what we read, what damage does; numpy is the reference."""
+"""Packed weights in ONNX files: what ONNX Runtime folds and what we read; numpy is the reference."""
 
-import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,61 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from sparsify.errors import ModelError, OutputError, SparsifyError, UsageError, VerificationError
 from sparsify.exporters import onnx_packed_codec
 from sparsify.exporters.onnx_functions import load_peak_bytes
 from sparsify.exporters.onnx_packed import PackAs, PackReport, pack_onnx, unpack_onnx
-from sparsify.exporters.onnx_packed_reader import RECORD, PackedWeights
+from sparsify.exporters.onnx_packed_reader import PackedWeights
 from sparsify.exporters.onnx_packed_session import dense_for_session
 from sparsify.exporters.onnx_standard import export_onnx
 from sparsify.types import NofM
+from tests.packed_onnx import MANY, PATTERNS, TYPES, WANTED, Bits, keep_random, random_bits, several, write_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-Bits = NDArray[Any]
-# onnx.TensorProto data types -> type of the bit patterns
-TYPES: dict[int, np.dtype[Any]] = {1: np.dtype("u4"), 10: np.dtype("u2"), 16: np.dtype("u2")}
-PATTERNS = [NofM(2, 4), NofM(1, 4), NofM(4, 8), NofM(1, 8), NofM(1, 2)]
-MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def random_bits(shape: tuple[int, ...], data_type: int, seed: int) -> Bits:
-    """Finite floats, no +0.0, some -0.0."""
-    rng = np.random.default_rng(seed)
-    dtype = TYPES[data_type]
-    sign = np.uint64(1) << np.uint64(8 * dtype.itemsize - 1)
-    bits = rng.integers(1, int(sign) // 2, shape, dtype=np.uint64) | (rng.integers(0, 2, shape, dtype=np.uint64) * sign)
-    bits[rng.random(shape) < 0.05] = sign
-    return bits.astype(dtype)
-
-
-def keep_random(shape: tuple[int, ...], pattern: NofM, axis: int, seed: int) -> NDArray[np.bool_]:
-    order = np.random.default_rng(seed).random((*shape[:axis], *shape[axis + 1 :], shape[axis] // pattern.m, pattern.m))
-    keep = order.argsort(axis=-1) < pattern.n
-    return np.ascontiguousarray(np.moveaxis(keep.reshape(*order.shape[:-2], shape[axis]), -1, axis))
-
-
-def write_model(folder: Path, weights: dict[str, tuple[int, Bits]], *, opset: int = 23, external: bool = True) -> Path:
-    """A model whose output ``y_NAME`` is the weight in the shape [size] that its input says."""
-    helper = onnx.helper
-    initializers = [
-        helper.make_tensor(name, data_type, bits.shape, bits.tobytes(), raw=True)
-        for name, (data_type, bits) in weights.items()
-    ]
-    nodes = [helper.make_node("Reshape", [name, "size"], [f"y_{name}"]) for name in weights]
-    outputs = [helper.make_tensor_value_info(f"y_{name}", t, ["k"]) for name, (t, _) in weights.items()]
-    size = [helper.make_tensor_value_info("size", onnx.TensorProto.INT64, [1])]
-    graph = helper.make_graph(nodes, "g", size, outputs, initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    path = folder / "model.onnx"
-    onnx.save(model, path, save_as_external_data=external, location="model.onnx.data", size_threshold=64)
-    return path
 
 
 def folded(path: Path) -> dict[str, bytes]:
@@ -170,32 +129,6 @@ def test_blocks_do_not_show(case: tuple[int, Bits, PackAs], tmp_path: Path) -> N
     assert results[0] == results[1]
 
 
-def several() -> dict[str, tuple[int, Bits]]:
-    """Two of one layout, one along the other axis, experts, any pattern, and one that will not be packed."""
-    weights = {name: (1, random_bits((32, 64), 1, seed)) for seed, name in enumerate("abcde")}
-    for name, axis in (("a", 1), ("b", 1), ("c", 0)):
-        weights[name][1][~keep_random((32, 64), NofM(2, 4), axis, 1)] = 0
-    weights["d"][1][np.random.default_rng(0).random((32, 64)) < 0.6] = 0
-    weights["f"] = (10, random_bits((3, 16, 24), 10, 9))
-    weights["f"][1][~keep_random((3, 16, 24), NofM(2, 4), 1, 2)] = 0
-    return weights
-
-
-WANTED = {
-    **{name: PackAs(NofM(2, 4), 1) for name in "abf"},
-    "c": PackAs(NofM(2, 4), 0),
-    "d": PackAs(None, 0),
-    "e": PackAs(None, 0),
-}
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = write_model(tmp_path, several())
-    pack_onnx(path, WANTED)
-    return path
-
-
 def test_several_weights_share_what_they_can(tmp_path: Path) -> None:
     weights = several()
     path = write_model(tmp_path, weights)
@@ -242,76 +175,6 @@ def test_load_peak_is_what_the_functions_compute(tmp_path: Path, name: str) -> N
     assert report.load_peak_bytes == PackedWeights(path).load_peak_bytes == load_peak_bytes(layouts)
 
 
-def test_what_cannot_gain_stays_dense(tmp_path: Path) -> None:
-    weights = {
-        "odd": (1, random_bits((4, 12), 1, 0)),
-        "flat": (1, random_bits((64,), 1, 0)),
-        "full": (1, random_bits((16, 16), 1, 0)),
-        "stack": (1, np.zeros((8, 2, 8), np.uint32)),
-        "wide": (1, np.zeros((4, 32), np.uint32)),
-    }
-    path = write_model(tmp_path, weights)
-    before = {x.name: x.read_bytes() for x in tmp_path.iterdir()}
-    two_four = NofM(2, 4)
-    report = pack_onnx(
-        path,
-        {
-            "odd": PackAs(two_four, 1),
-            "flat": PackAs(None, 0),
-            "full": PackAs(None, 0),
-            "stack": PackAs(two_four, 0),
-            "wide": PackAs(NofM(8, 16), 1),
-        },
-    )
-    assert report.packed == ()
-    assert {name: reason.split(",")[0][:20] for name, reason in report.dense.items()} == {
-        "odd": "2:4 along an axis of",
-        "flat": "has shape [64]",
-        "full": "would take 1152 byte",
-        "stack": "2:4 along axis 0 of ",
-        "wide": "8:16 along an axis o",
-    }
-    assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == before
-
-
-def test_refusals_leave_the_file(tmp_path: Path) -> None:
-    path = write_model(tmp_path, several())
-    before = {x.name: x.read_bytes() for x in tmp_path.iterdir()}
-    with pytest.raises(VerificationError, match=r"initializer e: keeps more than 2:4"):
-        pack_onnx(path, {"a": WANTED["a"], "e": PackAs(NofM(2, 4), 1)})
-    with pytest.raises(UsageError, match=r"axis 2 of \[32, 64\]"):
-        pack_onnx(path, {"a": PackAs(NofM(2, 4), 2)})
-    with pytest.raises(ModelError, match="no initializer 'z'"):
-        pack_onnx(path, {"z": WANTED["a"]})
-    with pytest.MonkeyPatch.context() as patch:
-
-        def refuse(path: str) -> None:
-            raise onnx.checker.ValidationError("no")
-
-        patch.setattr(onnx.checker, "check_model", refuse)
-        with pytest.raises(VerificationError, match="ONNX's own checks"):
-            pack_onnx(path, WANTED)
-    assert {x.name: x.read_bytes() for x in tmp_path.iterdir()} == before
-    with pytest.raises(ModelError, match="opset 17"):
-        pack_onnx(write_model(tmp_path, several(), opset=17), WANTED)
-
-
-def test_packing_twice_and_unpacking_dense_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="packed weights already"):
-        pack_onnx(model, WANTED)
-    with pytest.raises(OutputError, match="exists"):
-        unpack_onnx(model, tmp_path)
-    with pytest.raises(OutputError, match="not a folder"):
-        unpack_onnx(model, tmp_path / "absent")
-    one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir()
-    other.mkdir()
-    with pytest.raises(ModelError, match="no packed weights"):
-        unpack_onnx(write_model(one, several()), other)
-    with pytest.raises(ModelError, match="missing, truncated"):
-        PackedWeights(tmp_path / "absent.onnx")
-
-
 def test_values_of_subgraphs_move_along(tmp_path: Path) -> None:
     path = write_model(tmp_path, several())
     stored = onnx.load(path)
@@ -342,157 +205,6 @@ def test_values_of_subgraphs_move_along(tmp_path: Path) -> None:
     assert {x.name for x in tmp_path.iterdir()} == {"model.onnx", "model.onnx.packed.data"}
     for attribute in onnx.load(path).graph.node[-1].attribute:
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(attribute.g.initializer[0]), inner)
-
-
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.packed.data"])
-@MANY
-@given(data=st.data())
-def test_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject) -> None:
-    folder = tmp_path_factory.mktemp("damaged")
-    weights = several()
-    path = write_model(folder, weights)
-    pack_onnx(path, WANTED)
-    content = bytearray((folder / name).read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        del content[place:]
-    else:
-        content[place] ^= 1 << data.draw(st.integers(0, 7))
-    (folder / name).write_bytes(content)
-    out = folder / "out"
-    out.mkdir()
-    try:
-        packed = PackedWeights(path)
-        for weight in packed.names:
-            assert packed.read_bits(weight).tobytes() == weights[weight][1].tobytes()
-        unpack_onnx(path, out)
-    except SparsifyError as error:
-        damage = str(error)
-    else:
-        return
-    assert "\n" not in damage
-    assert not list(out.iterdir())
-
-
-def edited(path: Path, edit: Callable[[Any], None]) -> Path:
-    stored = onnx.load(path, load_external_data=False)
-    edit(stored)
-    path.write_bytes(stored.SerializeToString())
-    return path
-
-
-def edit_record(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
-    def edit(stored: Any) -> None:
-        entry = next(entry for entry in stored.metadata_props if entry.key == RECORD)
-        content = json.loads(entry.value)
-        change(content)
-        entry.value = json.dumps(content)
-
-    return edit
-
-
-def entry_of(name: str, key: str, value: Any) -> Callable[[Any], None]:
-    return edit_record(lambda record: record["weights"][name].update({key: value}))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("shape", [32]),
-        ("shape", [1 << 40, 64]),
-        ("shape", [1 << 30, 1 << 30]),
-        ("shape", [-32, 64]),
-        ("shape", "ab"),
-        ("shape", None),
-        ("shape", [32, 128]),
-        ("type", 7),
-        ("type", 10),
-        ("type", [1]),
-        ("pattern", "4:2"),
-        ("pattern", "0:0"),
-        ("pattern", "2:3"),
-        ("pattern", None),
-        ("pattern", "1:2:3"),
-        ("axis", 2),
-        ("axis", -1),
-        ("axis", 0),
-        ("axis", True),
-        ("n_values", 1 << 60),
-        ("n_values", 1),
-        ("gap_bits", 4),
-        ("crc", [0, 0]),
-        ("crc", [1]),
-        ("crc", None),
-    ],
-)
-def test_hostile_records(model: Path, key: str, value: Any) -> None:
-    edited(model, entry_of("a", key, value))
-    with pytest.raises(ModelError, match=r"model\.onnx"):
-        PackedWeights(model).read("a")
-
-
-@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 2}', '{"format": 1, "weights": []}', "[" * 10000])
-def test_hostile_record_texts(model: Path, content: str) -> None:
-    def edit(stored: Any) -> None:
-        next(entry for entry in stored.metadata_props if entry.key == RECORD).value = content
-
-    with pytest.raises(ModelError, match=r"sparsify\.packed is malformed"):
-        PackedWeights(edited(model, edit))
-
-
-def swap(stored: Any, one: str, other: str) -> None:
-    tensors = {tensor.name: tensor for tensor in stored.graph.initializer}
-    a, b = tensors[one], tensors[other]
-    a.name, b.name = other, one
-
-
-def point(stored: Any, name: str, key: str, value: str) -> None:
-    tensor = next(tensor for tensor in stored.graph.initializer if tensor.name == name)
-    next(entry for entry in tensor.external_data if entry.key == key).value = value
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda m: swap(m, "a.values", "b.values"), "differs from its checksum"),
-        (lambda m: swap(m, "a.values", "d.values"), "want type"),
-        (lambda m: point(m, "a.values", "location", "../model.onnx.packed.data"), "not a file beside it"),
-        (lambda m: point(m, "a.values", "location", "/etc/passwd"), "not a file beside it"),
-        (lambda m: point(m, "a.values", "location", "absent"), "wants bytes"),
-        (lambda m: point(m, "a.values", "offset", "-4096"), "wants bytes"),
-        (lambda m: point(m, "a.values", "offset", str(1 << 70)), "wants bytes"),
-        (lambda m: point(m, "a.values", "length", "4"), "has 4 bytes"),
-        (lambda m: point(m, "a.values", "length", "x"), "invalid literal"),
-        (lambda m: m.functions.pop(), "unpacking functions"),
-        (lambda m: m.functions[0].node.pop(), "unpacking functions"),
-        (lambda m: m.graph.node.pop(0), "unpacking nodes"),
-        (lambda m: setattr(m.graph.initializer[-1], "name", "sparsify.other"), "unpacking tables"),
-        (lambda m: setattr(m.opset_import[0], "version", 25), "opset 25"),
-    ],
-)
-def test_hostile_graphs(model: Path, edit: Callable[[Any], None], message: str) -> None:
-    edited(model, edit)
-    with pytest.raises(ModelError, match=message):
-        PackedWeights(model).read("a")
-    out = model.parent / "out"
-    out.mkdir()
-    with pytest.raises(ModelError, match=message):
-        unpack_onnx(model, out)
-    assert not list(out.iterdir())
-
-
-def test_forged_checksums_do_not_hide_a_wrong_mask(model: Path) -> None:
-    packed = PackedWeights(model)
-    for name, wrong, message in (("a", 0b11111111, "does not keep 2:4"), ("d", 0, "the same place")):
-        layout = packed.layouts[name]
-        places = np.full(layout.places_bytes, wrong, np.uint8)
-        values = np.ones(layout.values_shape, np.uint32)
-        shape = layout.places_shape if layout.pattern else places.shape
-        with pytest.raises(ModelError, match=message):
-            onnx_packed_codec.decode(values, places.reshape(shape), layout, name)
-    far = np.full(packed.layouts["d"].places_bytes, 0xFF, np.uint8)
-    with pytest.raises(ModelError, match="beyond its end"):
-        onnx_packed_codec.decode(np.ones(packed.layouts["d"].values_shape, np.uint32), far, packed.layouts["d"], "d")
 
 
 def test_session_without_folding(tmp_path: Path) -> None:
