@@ -32,7 +32,8 @@ def compress_(model: Model, kernel: str = AUTO, *, include: Globs = None, exclud
     ``dense`` stay as they are, as do tied weights, subclasses of ``nn.Linear``, linears with hooks or without their
     weight in memory, and the experts of a mixture that are one tensor. One linear is packed at a time. Packed linears
     have no gradients. ``save_pretrained`` of a transformers model writes a compressed checkpoint afterwards. A second
-    call with another kernel changes the kernel.
+    call with another kernel changes the kernel. What ``auto`` and ``native`` choose is for torch's number of threads at
+    that time and stays; after ``torch.set_num_threads`` a second call chooses anew.
 
     One line in the log (``sparsify``, level INFO) says what runs; ``report`` and ``engaged`` say it for each linear.
 

@@ -8,7 +8,9 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -57,30 +59,40 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """A new file in the folder of ``path`` that nobody else writes to; removed at the end if it is still there.
+
+    Its name is its own: two threads, or processes that share a folder but not their numbers, may write ``path`` at
+    once. It ends in ``.tmp``, and who is killed leaves it.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
+    # Not tempfile: its files are private, and this one is as readable as any file the user creates.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary neighbour of ``path``, flush it to disk, then rename it to ``path``.
 
     Raises:
         OutputError: disk full, not writable.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            write(temporary)
-            # safetensors makes its files private; an artifact is as readable as any file the user creates.
-            temporary.chmod(0o666 & ~_umask())
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
+    with writing(path), temporary_beside(path) as temporary:
+        mode = temporary.stat().st_mode
+        write(temporary)
+        # safetensors makes its files private.
+        temporary.chmod(stat.S_IMODE(mode))
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -140,6 +152,11 @@ class Staging:
             with writing(self.path):
                 clear(self.path)
             return None
+        with writing(self.path):
+            # Of a process that was killed while it wrote: under their names nothing will replace them.
+            for left in self.path.rglob("*.tmp"):
+                if left.is_file():
+                    left.unlink()
         try:
             stored = read_json(self.path / _STATE)
             before, state = dict(stored["fingerprint"]), stored["state"]

@@ -1,11 +1,15 @@
-"""Output folders: what they may replace, and that nothing of the user's is lost."""
+"""Files that appear whole, and output folders: what they may replace, and that nothing of the user's is lost."""
 
+import os
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from sparsify.errors import ModelError, OutputError
-from sparsify.files import staging_folder, write_json
+from sparsify.files import staging_folder, write_atomic, write_json
 
 MANIFEST = {"format": 1, "kind": "hf", "files": {"model.safetensors": {}, "sub/extra.jinja": {}}}
 
@@ -131,3 +135,61 @@ def test_files_of_the_user_inside_an_artifact_are_seen(tmp_path: Path) -> None:
         make(tmp_path / "out", "one", overwrite=True)
     (tmp_path / "out/hf/thesis.tex").unlink()
     make(tmp_path / "out", "one", overwrite=True)
+
+
+def test_two_may_write_a_file_at_once(tmp_path: Path) -> None:
+    path, both = tmp_path / "file", threading.Barrier(2)
+
+    def write(text: str) -> None:
+        def fill(temporary: Path) -> None:
+            temporary.write_text(text)
+            both.wait(60)
+
+        write_atomic(path, fill)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("a" * 10, "b" * 20)))
+    assert path.read_text() in ("a" * 10, "b" * 20)
+    assert [left.name for left in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fill(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_atomic(path, fill)
+    assert path.read_text() == "before"
+    assert [left.name for left in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_are_as_readable_as_any_that_the_user_creates(tmp_path: Path) -> None:
+    def fill(temporary: Path) -> None:
+        temporary.write_text("private")
+        temporary.chmod(0o600)
+
+    before = os.umask(0o027)
+    try:
+        write_atomic(tmp_path / "file", fill)
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+
+
+def test_files_that_a_killed_process_was_writing_are_not_part_of_the_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staging_folder(out, {}) as staging:
+        staging.save({"done": 1})
+        (staging.path / "sub").mkdir()
+        for name in ("model.safetensors.0123456789ab.tmp", ".state.json.0123456789ab.tmp", "sub/x.0123456789ab.tmp"):
+            (staging.path / name).write_text("half")
+    with staging_folder(out, {}) as staging:
+        assert staging.state == {"done": 1}
+        write_json(staging.path / "sparsify.json", MANIFEST)
+        staging.commit()
+    assert sorted(path.name for path in out.rglob("*")) == ["sparsify.json", "sub"]

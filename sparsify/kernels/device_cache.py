@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from sparsify.files import temporary_beside
+
 
 def cache_folder() -> Path:
     """``$SPARSIFY_CACHE``, else ``sparsify`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``."""
@@ -40,11 +42,13 @@ def read(kind: str, name: str) -> dict[str, Any]:
 def add(kind: str, name: str, entries: dict[str, Any]) -> None:
     """Add ``entries`` to what is known; a reader sees the file before or after, never half of it.
 
+    Of two who add at once, one may not see what the other adds, and that is then measured again.
+
     Raises:
         OSError: the folder cannot be written to.
     """
     path = cache_file(kind, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({**read(kind, name), **entries}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with temporary_beside(path) as temporary:
+        temporary.write_text(json.dumps({**read(kind, name), **entries}, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)

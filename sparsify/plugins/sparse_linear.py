@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.errors import UsageError
+from sparsify.errors import ModelError, UsageError
 from sparsify.format.packed import DTYPES, Packed, decode, encode, fits
+from sparsify.format.record import MASK, check_bits
 from sparsify.kernels.dispatch import KERNELS
 from sparsify.kernels.kernel import Kernel
 from sparsify.kernels.packed_reference import PACKED
@@ -19,6 +20,9 @@ from sparsify.types import NofM
 TWO_OF_FOUR = NofM(2, 4)
 # Below this share of zeros a mask costs about what it saves.
 _WORTH_PACKING = 0.25
+# Buffers that are the weight of a layer that keeps it packed; its others follow from them.
+_STORED = ("values", "mask", "perm", "scale")
+_REMEDY = "load the state dict of a model that was compressed from the same weights, or call compress_ after loading"
 
 
 def packed_if_sparse(weight: torch.Tensor) -> Packed | None:
@@ -34,6 +38,10 @@ def packed_if_sparse(weight: torch.Tensor) -> Packed | None:
 
 class SparseLinear(nn.Module):
     """``y = x @ weight.T + bias`` by a kernel.
+
+    A state dict has every buffer, as usual. Of those loaded, ``values``, ``mask``, ``perm`` and ``scale`` are checked
+    against each other, since kernels read as many values as the mask has ones; what a kernel computes from them
+    (``starts``, ``dense``) is computed anew, so that it need not be there and may be that of another plan.
 
     Args:
         packed: the weight [out, in], on the device where the kernel is to run.
@@ -80,22 +88,38 @@ class SparseLinear(nn.Module):
         return {"values", "mask"} <= set(self.state_names)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [..., in] -> [..., out] in its dtype.
+        """``x`` [..., in] -> [..., out] in its dtype, which is that of the weight; under autocast as ``nn.Linear``.
 
         Raises:
             UsageError: from the backward pass, which no kernel has.
         """
-        tensors = self._tensors()
-        wanted = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if torch.is_grad_enabled() and wanted:
+        # Its name is asked for last: a device makes it anew each time. Meta tensors know no autocast.
+        if not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            return self._under_autocast(x)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        # What nn.Module does to find an attribute of its own takes a tenth of a small product.
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
+        tensors: Any = self._buffers
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             result: torch.Tensor = _ForwardOnly.apply(  # type: ignore[no-untyped-call]
-                x, self.kernel, tensors, self.sizes, self.bias
+                x, self.kernel, tensors, self.sizes, bias
             )
             return result
-        return self.kernel.linear(x, tensors, self.sizes, self.bias)
+        return self.kernel.linear(x, tensors, self.sizes, bias)
+
+    def _under_autocast(self, x: torch.Tensor) -> torch.Tensor:
+        """The weight cannot be cast, so the input is brought to its dtype, and the result to that of autocast."""
+        device, dtype = x.device.type, x.dtype
+        # Others autocast leaves alone.
+        cast = x.is_floating_point() and dtype != torch.float64
+        # What a kernel leaves to torch must come in the dtype that the kernel asked for.
+        with torch.autocast(device, enabled=False):
+            result = self._product(x.to(self.dtype) if cast else x)
+        return result.to(torch.get_autocast_dtype(device)) if cast else result
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        # Not get_buffer, which takes as long as a small product.
         return {name: tensor for name in self.state_names if (tensor := self._buffers[name]) is not None}
 
     def packed(self) -> Packed:
@@ -109,7 +133,10 @@ class SparseLinear(nn.Module):
                 f"kernel {self.kernel_name} keeps weights in a form that no checkpoint has; open the model without a "
                 "kernel to save it, or copy the folder it was opened from with sparsify export"
             )
-        tensors, n, m = self._tensors(), self.sizes["n"], self.sizes["m"]
+        return self._packed(self._tensors())
+
+    def _packed(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
+        n, m = self.sizes["n"], self.sizes["m"]
         shape, pattern = (self.out_features, self.in_features), NofM(n, m) if m else None
         scale = tensors.get("scale")
         scaled = {} if scale is None else {"scaled_dtype": self.dtype}
@@ -150,6 +177,58 @@ class SparseLinear(nn.Module):
 
     def _cast(self, fn: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype) -> torch.dtype:
         return fn(torch.empty(0, dtype=dtype, device=self.get_buffer(self.state_names[0]).device)).dtype
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        state = dict(state_dict)
+        if self.holds_packed:
+            # Not believed, and not always those of this kernel.
+            for name in {*self.state_names, "starts", "dense"} - {*_STORED}:
+                state.pop(prefix + name, None)
+        try:
+            state |= {prefix + name: tensor for name, tensor in self._checked(state, prefix).items()}
+        except ModelError as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _checked(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, torch.Tensor]:
+        """Buffers to load of those in ``state``, and what follows from them; none where there are none.
+
+        Raises:
+            ModelError: names the key.
+        """
+
+        def refuse(name: str, what: str) -> ModelError:
+            return ModelError(f"{prefix}{'mask' if name == MASK else name} {what}; {_REMEDY}")
+
+        known = tuple(dict.fromkeys((*_STORED, *self.state_names)))
+        found = {name: state[prefix + name] for name in known if prefix + name in state}
+        for name, tensor in found.items():
+            own = self._buffers.get(name)
+            if own is None:
+                raise refuse(name, "has no place in the weight of this layer")
+            if not isinstance(tensor, torch.Tensor) or (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
+                is_what = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor)
+                raise refuse(name, f"is {is_what}, the layer has {own.dtype} {list(own.shape)}")
+            if tensor.is_meta:
+                raise refuse(name, "has no data")
+        if not found:
+            return {}
+        if (perm := found.get("perm")) is not None:
+            every = torch.arange(len(perm), dtype=perm.dtype, device=perm.device)
+            if not torch.equal(perm.sort().values, every):
+                raise refuse("perm", "is not a permutation")
+        if not self.holds_packed:
+            return found
+        for name in _STORED:
+            if name in self.state_names and name not in found:
+                raise refuse(name, "is missing beside the other parts of the weight")
+        packed = self._packed(found)
+        check_bits(packed.mask, self.in_features, packed.pattern, len(packed.values), refuse)
+        return self.kernel.prepare(packed).tensors
 
     def __getstate__(self) -> dict[str, Any]:
         # Not every row of the table can be pickled.
