@@ -309,7 +309,7 @@ def test_an_interrupted_run_keeps_the_shapes_that_were_finished(cache: Path, tmp
 
 
 def test_the_cache_of_the_processor_is_read() -> None:
-    assert tuning_cpu.last_level_cache_bytes() >= 0
+    assert table.last_level_cache_bytes() >= 0
     assert tuning_cpu._available_bytes() > 1 << 20
 
 

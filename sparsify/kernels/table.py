@@ -137,7 +137,9 @@ def device_key(device: torch.device) -> dict[str, Any]:
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         return {"type": "cuda", "name": name, "capability": ".".join(map(str, capability))}
     if device.type == "cpu":
-        return {"type": "cpu", **_processor(), "features": sorted(native.features())}
+        # Of one model there are many, with other caches; a virtual machine says no more than its family.
+        megabytes = round(last_level_cache_bytes() / 2**20)
+        return {"type": "cpu", **_processor(), "cache": f"{megabytes}MB", "features": sorted(native.features())}
     return {"type": device.type}
 
 
@@ -152,6 +154,17 @@ def _processor() -> dict[str, str]:
     rows = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
     names = {"vendor": "vendor_id", "family": "cpu family", "model": "model", "name": "model name"}
     return {name: rows[key] for name, key in names.items() if key in rows}
+
+
+@functools.cache
+def last_level_cache_bytes() -> int:
+    """Of the largest cache of the first processor; 0 where the system does not say."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="ascii").strip()
+        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KM") or 0) * unit)
+    return max(sizes)
 
 
 def threads_of(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from sparsify.kernels import native
 from sparsify.kernels.kernel import State
-from sparsify.kernels.table import DENSE, GATHER, LOOP, Entry, Times
+from sparsify.kernels.table import DENSE, GATHER, LOOP, Entry, Times, last_level_cache_bytes
 from sparsify.kernels.tuning_request import Request, entry_of, random_packed, times_of
 from sparsify.progress import Progress
 from sparsify.types import parse_pattern
@@ -51,16 +51,6 @@ Which = tuple[int, str]
 def wanted_bytes(request: Request) -> int:
     """Of the copies of a dense weight, if memory allows."""
     return request.n_bytes or max(_BYTES, 2 * last_level_cache_bytes())
-
-
-def last_level_cache_bytes() -> int:
-    """Of the largest cache of the first processor; 0 where the system does not say."""
-    sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="ascii").strip()
-        unit = {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1)
-        sizes.append(int(text.rstrip("KM") or 0) * unit)
-    return max(sizes)
 
 
 def _available_bytes() -> int:
