@@ -1,12 +1,11 @@
 // One product: x is laid out for the path, then the rows of the weight are divided between threads.
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "inputs.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace sparsify {
 
@@ -30,11 +29,8 @@ using Rows = void (*)(const Product&, const Input&, int64_t, int64_t);
 constexpr int64_t kRows = 16;           // of a tile: what threads are given is a multiple
 constexpr int64_t kShare = 32 << 10;    // bytes that a thread should get at least
 constexpr int64_t kBytesPerNs = 8;      // that one thread gets through, about
-constexpr int64_t kTokens = 512;        // at once: what tiles make of them stays near the processor
-
-struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-};
+constexpr int64_t kTokens = 512;        // that tiles multiply at once: what they make of them stays near the processor
+constexpr int64_t kLaidOut = 16 << 20;  // bytes of tokens that are laid out at once for them, if kTokens take no more
 
 // Threads for work of so many bytes. The others bring time * (1 - 1 / threads) and cost their waking, which takes
 // microseconds where they wait actively and as long as a small product where they sleep.
@@ -51,22 +47,40 @@ int64_t bytes_of(const Weight& w) {
     return w.n_values * static_cast<int64_t>(size_of(w.type)) + w.n_out * w.mask_stride();
 }
 
-void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_bytes, bool few = true) {
+// The tokens from `first` on, `n` at the most.
+Product some(const Product& p, int64_t first, int64_t n) {
+    const auto row = [&](int64_t width) { return first * width * static_cast<int64_t>(size_of(p.x_type)); };
+    Product part = p;
+    part.x = static_cast<const char*>(p.x) + row(p.weight.n_in);
+    part.y = static_cast<char*>(p.y) + row(p.weight.n_out);
+    part.tokens = std::min(n, p.tokens - first);
+    return part;
+}
+
+// `at_once`: tokens that `rows` is given together, a multiple of 16.
+void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_bytes, bool few, int64_t at_once) {
     const int64_t stride = padded(p.weight.n_in, columns(p, form)), blocks = padded(p.tokens, 16) / 16;
-    Input input{p.x, form == Form::planes ? 2 * stride : stride, nullptr, few};
-    std::unique_ptr<char, Free> data;
     std::vector<double> steps(quantised(form) ? static_cast<size_t>(p.tokens) : 0);
-    if (form != Form::plain || stride != p.weight.n_in) {
-        const int64_t width = block_bytes(p, form);
-        data.reset(static_cast<char*>(std::aligned_alloc(kRegister, static_cast<size_t>(blocks * width))));
-        if (!data) throw std::bad_alloc();
+    const bool as_it_is = form == Form::plain && stride == p.weight.n_in;
+    const int64_t width = block_bytes(p, form);
+    const Scratch memory(Use::inputs, as_it_is ? 0 : blocks * width);
+    if (!as_it_is)
         parallel_for(blocks, 1, useful(threads, blocks * width), [&](int64_t begin, int64_t end) {
-            lay_out_avx512(p, form, data.get(), steps.data(), begin, end);
+            lay_out_avx512(p, form, memory.data(), steps.data(), begin, end);
         });
-        input = {data.get(), input.stride, quantised(form) ? steps.data() : nullptr, few};
-    }
-    parallel_for(p.weight.n_out, kRows, useful(threads, work(weight_bytes, p.tokens)),
-                 [&](int64_t begin, int64_t end) { rows(p, input, begin, end); });
+    parallel_for(p.weight.n_out, kRows, useful(threads, work(weight_bytes, p.tokens)), [&](int64_t begin, int64_t end) {
+        for (int64_t first = 0; first < p.tokens; first += at_once) {
+            const Product part = some(p, first, at_once);
+            const void* data = as_it_is ? part.x : memory.data() + first / 16 * width;
+            rows(part, {data, form == Form::planes ? 2 * stride : stride, steps.empty() ? nullptr : &steps[first], few},
+                 begin, end);
+        }
+    });
+}
+
+// All tokens at once.
+void run(const Product& p, Form form, Rows rows, int threads, int64_t weight_bytes) {
+    run(p, form, rows, threads, weight_bytes, true, p.tokens);
 }
 
 }  // namespace
@@ -85,14 +99,11 @@ void linear(const Product& p, Path path, int threads) {
 #ifdef SPARSIFY_HAS_AMX
         case Path::amx: {
             if (few(p)) return run(p, p.weight.type == Type::i8 ? Form::byte_tiles : Form::tiles, rows_amx, threads, bytes);
-            const auto row = [&](int64_t n) { return n * static_cast<int64_t>(size_of(p.x_type)); };
-            for (int64_t first = 0; first < p.tokens; first += kTokens) {
-                Product part = p;
-                part.x = static_cast<const char*>(p.x) + row(first * p.weight.n_in);
-                part.y = static_cast<char*>(p.y) + row(first * p.weight.n_out);
-                part.tokens = std::min(kTokens, p.tokens - first);
-                run(part, Form::tiles, rows_amx, threads, bytes, false);  // also the last few
-            }
+            // As many are laid out together as memory allows: threads are woken for each part.
+            const int64_t bytes_of_token = block_bytes(p, Form::tiles) / 16;
+            const int64_t together = std::max<int64_t>(1, kLaidOut / bytes_of_token / kTokens) * kTokens;
+            for (int64_t first = 0; first < p.tokens; first += together)
+                run(some(p, first, together), Form::tiles, rows_amx, threads, bytes, false, kTokens);
             return;
         }
 #endif

@@ -3,10 +3,8 @@
 // token. Up to 32 tokens, sixteen rows are expanded a panel at a time and multiplied at once: the weight's stream is
 // what takes time. More tokens reuse rows that were expanded into the second-level cache.
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
+#include "scratch.h"
 #include "stream.h"
 #include "transpose.h"
 
@@ -208,23 +206,6 @@ void few_tokens(const Product& p, const Input& input, int64_t begin, int64_t end
 
 // More tokens: bfloat16 tiles, also of int8 codes, every one of which is a bfloat16.
 
-struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-};
-
-// Memory of this thread that outlives the call: mapping a megabyte anew costs as much as expanding it.
-char* thread_memory(int index, int64_t bytes) {
-    static thread_local std::unique_ptr<char, Free> memory[2];
-    static thread_local int64_t capacity[2];
-    if (capacity[index] < bytes) {
-        capacity[index] = 0;
-        memory[index].reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(padded(bytes, 64)))));
-        if (!memory[index]) throw std::bad_alloc();
-        capacity[index] = bytes;
-    }
-    return memory[index].get();
-}
-
 __m512i to_bf16(__m256i codes) {
     const auto half = [](__m128i eight) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(eight)); };
     return reinterpret_cast<__m512i>(
@@ -287,10 +268,12 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
     // Equal panels, each of whole pairs of registers: a small last one would load and store all sums for little.
     const int64_t n_panels = std::max<int64_t>(1, n_registers / kBlockPanel);
     const int64_t width = padded((n_registers + n_panels - 1) / n_panels, 2), row_stride = width * kTileBytes;
-    char* panel = thread_memory(0, kBlockRows / kTile * row_stride);
+    const Scratch panel_memory(Use::panel, kBlockRows / kTile * row_stride);
     // Sums of earlier panels: tiles [rows / 16][tokens / 16]; of a single panel only those of the square at hand.
     const bool single = n_panels == 1;
-    char* sums = thread_memory(1, single ? 4 * kTileBytes : kBlockRows / kTile * token_blocks * kTileBytes);
+    const int64_t squares = single ? 4 : kBlockRows / kTile * token_blocks;
+    const Scratch sums_memory(Use::sums, squares * kTileBytes);
+    char *const panel = panel_memory.data(), *const sums = sums_memory.data();
     for (int64_t top = begin; top < end; top += kBlockRows) {
         const int64_t n_rows = std::min(kBlockRows, end - top), row_tiles = padded(n_rows, kTile) / kTile;
         R rows[kBlockRows];
