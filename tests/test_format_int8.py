@@ -26,6 +26,8 @@ from sparsify.format.packed import (
     unstructured,
 )
 from sparsify.format.record import CHECK, MASK, PERM, SCALE, VALUES, from_tensors, is_complete, to_tensors
+from sparsify.kernels import native
+from sparsify.kernels.linear import operands
 from sparsify.kernels.packed_reference import PACKED
 from sparsify.plugins.shards import Shards
 from sparsify.types import NofM
@@ -333,9 +335,12 @@ def test_the_packed_kernel_scales_what_it_expands(
 @pytest.mark.parametrize("pattern", [NofM(2, 4), None])
 def test_the_operator_with_a_scale_is_what_torch_asks_of_one(pattern: NofM | None) -> None:
     state = PACKED.prepare(quantise(encode(finite(random_weight(24, 64, torch.float32, pattern)), pattern)))
-    tensors = [state.tensors[name] for name in ("values", "mask", "starts", "scale")]
-    sizes = [state.sizes[name] for name in ("n_out", "n_in", "n", "m", "step")]
-    torch.library.opcheck(torch.ops.sparsify.packed_linear.default, (torch.randn(5, 64), *tensors, None, *sizes))
+    weight = operands(state.tensors, state.sizes, None, "packed")
+    assert weight.scale is not None
+    starts = native.row_starts(weight.mask)[[0, 7, 14, 21, 24]]
+    torch.library.opcheck(
+        torch.ops.sparsify.linear.default, (torch.randn(5, 64), *weight._replace(starts=starts, step=7))
+    )
 
 
 def test_what_rounds_to_0_stays_kept() -> None:

@@ -13,11 +13,13 @@ from torch.sparse import _semi_structured_conversions
 
 from sparsify.errors import UsageError
 from sparsify.format.packed import DTYPES, Packed, decode, encode
-from sparsify.kernels import semi_structured
+from sparsify.kernels import packed_reference, semi_structured, triton_decode
 from sparsify.kernels.dispatch import AUTO, DENSE, KERNELS, NATIVE, check_request, choose
 from sparsify.kernels.kernel import Kernel
+from sparsify.kernels.linear import Operands, operands
 from sparsify.kernels.packed_reference import PACKED, rows_per_slice
 from sparsify.kernels.semi_structured import CUSPARSELT, CUTLASS, cutlass_meta
+from sparsify.kernels.triton_decode import TRITON
 from sparsify.types import NofM
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -100,7 +102,9 @@ def test_packed_goes_through_a_large_weight_in_slices(pattern: NofM | None) -> N
     assert rows_per_slice(n_in, CPU) == 2
     packed = random_packed(5, n_in, pattern, torch.float32)
     x, bias = random(3, n_in), random(5, seed=2)
-    torch.testing.assert_close(run(PACKED, packed, x, bias), linear(x, decode(packed), bias))
+    found, weight = run(PACKED, packed, x, bias), decode(packed)
+    parts = [linear(x, weight[i : i + 2], bias[i : i + 2]) for i in (0, 2, 4)]
+    assert torch.equal(found, torch.cat(parts, dim=1))
 
 
 def test_packed_runs_in_the_slices_that_its_state_was_prepared_for() -> None:
@@ -151,10 +155,88 @@ def test_packed_compiles_without_a_break(pattern: NofM | None, backend: str) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_packed_operator_is_what_torch_asks_of_one(pattern: NofM | None, dtype: torch.dtype) -> None:
     state = PACKED.prepare(random_packed(24, 64, pattern, dtype))
-    tensors = [state.tensors[name] for name in ("values", "mask", "starts")]
-    sizes = [state.sizes[name] for name in ("n_out", "n_in", "n", "m", "step")]
     for x, bias in ((random(5, 64, dtype=dtype), None), (random(2, 3, 64, dtype=dtype), random(24, dtype=dtype))):
-        torch.library.opcheck(torch.ops.sparsify.packed_linear.default, (x, *tensors, None, bias, *sizes))
+        weight = operands(state.tensors, state.sizes, bias, "packed")
+        torch.library.opcheck(torch.ops.sparsify.linear.default, (x, *weight))
+
+
+def test_operands_are_the_arguments_of_the_schema() -> None:
+    arguments = torch.ops.sparsify.linear.default._schema.arguments
+    assert [argument.name for argument in arguments] == ["x", *Operands._fields]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "perm"), [(PACKED, False), (PACKED, True), (NATIVE, False), (NATIVE, True), (CUSPARSELT, True)]
+)
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_number_of_columns_is_an_error(kernel: Kernel, perm: bool, device: str) -> None:
+    """Also where as many numbers would make other rows of the right length, or an order would leave some out."""
+    packed = random_packed(32, 64, TWO_OF_FOUR, torch.bfloat16, perm)
+    if kernel is CUSPARSELT:  # whose weight is made on a GPU
+        assert packed.perm is not None
+        tensors, sizes = {"blob": packed.values, "perm": packed.perm}, {"n_out": 32, "n_in": 64}
+    else:
+        state = kernel.prepare(packed)
+        tensors, sizes = dict(state.tensors), dict(state.sizes)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    for shape in ((4, 32), (1, 128), (2, 96), (128,), (2, 2, 32), (0, 65), (0,), ()):
+        x = random(*shape, dtype=torch.bfloat16).to(device)
+        with pytest.raises(RuntimeError, match=re.escape(f"input has the shape {list(shape)}, the weight takes 64 ")):
+            kernel.linear(x, tensors, sizes, None)
+
+
+def test_a_compiled_product_refuses_another_number_of_columns() -> None:
+    state = PACKED.prepare(random_packed(24, 64, TWO_OF_FOUR, torch.float32))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: PACKED.linear(x, state.tensors, state.sizes, None), backend="aot_eager")
+    assert compiled(random(2, 64)).shape == (2, 24)
+    with pytest.raises(RuntimeError, match=r"input has the shape .*, the weight takes 64 columns"):
+        compiled(random(1, 128))
+
+
+def test_weights_in_slices_of_any_size_compile() -> None:
+    """Sizes differ from weight to weight, so that a compiler takes them for numbers that vary."""
+
+    def product(x: torch.Tensor, tensors: dict[str, torch.Tensor], sizes: dict[str, int]) -> torch.Tensor:
+        return PACKED.linear(x, tensors, sizes, None) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    for n_in in (64, 128, 256):
+        packed = random_packed(24, n_in, None, torch.float32)
+        state, x = PACKED.prepare(packed), random(3, n_in)
+        assert state.sizes["step"] == rows_per_slice(n_in, CPU)
+        found = compiled(x, dict(state.tensors), dict(state.sizes))
+        torch.testing.assert_close(found, product(x, dict(state.tensors), dict(state.sizes)))
+
+
+def test_plans_that_do_not_run_on_a_device() -> None:
+    state = PACKED.prepare(random_packed(24, 64, None, torch.float32))
+    weight = operands(state.tensors, state.sizes, None, "avx512<=4,slices")
+    with pytest.raises(RuntimeError, match="plan 'avx512<=4,slices' does not run on cpu"):
+        packed_reference._anywhere(random(1, 64), *weight)
+    with pytest.raises(UsageError, match="plan 'triton' is none"):
+        torch.ops.sparsify.linear(random(1, 64), *weight._replace(plan="triton"))
+    with pytest.raises(RuntimeError, match="plan packed expands 0 rows at a time"):
+        torch.ops.sparsify.linear(random(1, 64), *weight._replace(plan="packed", step=0))
+
+
+@pytest.mark.parametrize("kernel", [PACKED, TRITON], ids=lambda kernel: kernel.name)
+def test_the_operator_on_cuda_follows_its_plans(kernel: Kernel) -> None:
+    """What is registered for CUDA, with tensors of the CPU: errors and the reference come before any GPU."""
+    packed, x = random_packed(24, 64, None, torch.bfloat16), random(3, 64, dtype=torch.bfloat16)
+    state = kernel.prepare(packed)
+    weight = operands(state.tensors, state.sizes, None, "packed")
+    if kernel is PACKED:
+        assert torch.equal(triton_decode._cuda(x, *weight), run(PACKED, packed, x))
+    for plan in ("dense", "bf16<=4,dense", "amx<=512,dense"):
+        with pytest.raises(RuntimeError, match=f"plan {plan} multiplies with the dense weight, which no kernel does"):
+            triton_decode._cuda(x, *weight._replace(plan=plan, dense=decode(packed)))
+    with pytest.raises(UsageError, match="plan 'fast' is none"):
+        triton_decode._cuda(x, *weight._replace(plan="fast"))
+    for plan in ("packed", "triton", "bf16<=4,slices"):
+        with pytest.raises(RuntimeError, match=r"input has the shape \[6, 32\], the weight takes 64 columns"):
+            triton_decode._cuda(x.view(6, 32), *weight._replace(plan=plan))
 
 
 @pytest.mark.parametrize("perm", [False, True], ids=["", "permuted"])

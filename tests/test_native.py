@@ -14,6 +14,7 @@ from sparsify.errors import UsageError
 from sparsify.format.packed import Packed, decode, encode, quantise
 from sparsify.kernels import native
 from sparsify.kernels.kernel import State
+from sparsify.kernels.linear import operands
 from sparsify.types import NofM
 
 pytestmark = pytest.mark.skipif(
@@ -298,10 +299,12 @@ def test_kernel_takes_any_shape_of_input(plan: str, perm: bool) -> None:
         found = kernel.linear(x, state.tensors, state.sizes, bias)
         assert (found.shape, found.dtype, found.is_contiguous()) == (wanted.shape, BF16, True)
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
-    x = torch.randn(128, 6).to(BF16).t()[:, ::2]
-    torch.testing.assert_close(
-        kernel.linear(x, state.tensors, state.sizes, None), linear(x, weight), rtol=2e-2, atol=2e-2
-    )
+    for tokens in (1, 6):
+        for x in (torch.randn(128, tokens).to(BF16).t()[:, ::2], torch.randn(2, 64, tokens).to(BF16).permute(2, 0, 1)):
+            x = x.requires_grad_()
+            found = kernel.linear(x, state.tensors, state.sizes, None)
+            assert found.is_contiguous()
+            torch.testing.assert_close(found, linear(x, weight), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -322,9 +325,11 @@ def test_compiles_without_a_break(backend: str) -> None:
 
 def test_operator_passes_torchs_own_checks() -> None:
     packed = packed_weight(24, 64, None, F32)
-    t = native.prepare_with(packed, native.SLICES).tensors
-    arguments = (torch.randn(3, 64), t["values"], t["mask"], t["starts"], None, None, None, 24, 64, 0, 0, "avx512")
-    torch.library.opcheck(torch.ops.sparsify.linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    state = native.prepare_with(packed, "avx512<=4,dense")
+    for x, bias in ((torch.randn(3, 64), None), (torch.randn(2, 3, 64), torch.randn(24))):
+        for plan in ("avx512", "slices", "avx512<=4,dense"):
+            weight = operands(state.tensors, state.sizes, bias, plan)
+            torch.library.opcheck(torch.ops.sparsify.linear.default, (x, *weight))
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

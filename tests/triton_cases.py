@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from sparsify.format.packed import Packed, decode, encode
 from sparsify.kernels import linear as operator_module
-from sparsify.kernels import triton_kernels
+from sparsify.kernels import native, triton_decode, triton_kernels
+from sparsify.kernels.linear import operands
 from sparsify.kernels.triton_config import BITS, CHUNK, PAIRS, Config
 from sparsify.kernels.triton_decode import TRITON, Weight, chunk_starts, expanded, kind_of, linear_cuda, multiply
 from sparsify.masks import keep_mask
@@ -161,31 +162,31 @@ def test_weights_are_expanded_to_the_bit(pattern: NofM | None, dtype: torch.dtyp
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, None], ids=str)
 def test_the_operator_takes_any_shape_of_input(pattern: NofM | None) -> None:
     packed = random_packed(12, 64, pattern, torch.bfloat16)
-    values, mask, starts = prepared(packed)[0]
-    n, m = (2, 4) if pattern else (0, 0)
+    state = TRITON.prepare(packed)
     bias = random(12, dtype=torch.bfloat16, seed=3)
     inputs = [random(*shape, 64, dtype=torch.bfloat16) for shape in ((), (0,), (1,), (2, 3), (2, 0), (65,))]
     inputs += [random(3, 128, dtype=torch.bfloat16)[:, ::2], random(3, 65, dtype=torch.bfloat16)[:, 1:]]
     inputs.append(random(193, dtype=torch.bfloat16)[1:].view(3, 64))
-    # Of a layer that was prepared elsewhere.
-    per_row = torch.zeros(13, dtype=torch.int64)
+    weight = operands(state.tensors, state.sizes, bias, "triton")
     # Not where 16 bytes begin.
-    shifted = torch.nn.functional.pad(values.flatten(), (1, 0))[1:].view(values.shape)
-    shifted_mask = torch.nn.functional.pad(mask.flatten(), (1, 0))[1:].view(mask.shape)
-    for x, some in itertools.product(inputs, ((values, mask, starts), (shifted, shifted_mask, starts))):
-        found = linear_cuda(x, *some, None, bias, 12, 64, n, m)
+    shifted = torch.nn.functional.pad(weight.values.flatten(), (1, 0))[1:].view(weight.values.shape)
+    shifted_mask = torch.nn.functional.pad(weight.mask.flatten(), (1, 0))[1:].view(weight.mask.shape)
+    for x, some in itertools.product(inputs, (weight, weight._replace(values=shifted, mask=shifted_mask))):
+        found = linear_cuda(x, some)
         wanted = linear(x, decode(packed), bias)
         assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
         assert found.is_contiguous()
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
-    found = linear_cuda(inputs[3], values, mask, per_row, None, None, 12, 64, n, m)
+    # Of a layer that was prepared on a CPU.
+    elsewhere = native.prepare_with(packed, "bf16<=4,slices")
+    found = linear_cuda(inputs[3], operands(elsewhere.tensors, elsewhere.sizes, None, "bf16<=4,slices"))
     torch.testing.assert_close(found, linear(inputs[3], decode(packed)), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, None], ids=str)
 def test_the_kernel_runs_through_the_operator(pattern: NofM | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is registered for CUDA, given the arguments of the call: here the operator's own key is another one."""
-    monkeypatch.setattr(operator_module, "OP", operator_module._cuda)
+    monkeypatch.setattr(operator_module, "OP", triton_decode._cuda)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(4))
     weight = torch.empty(12, 64, dtype=torch.bfloat16)
     weight[:, order] = decode(random_packed(12, 64, pattern, torch.bfloat16))
@@ -196,15 +197,18 @@ def test_the_kernel_runs_through_the_operator(pattern: NofM | None, monkeypatch:
 
 
 def test_other_dtypes_are_refused() -> None:
-    packed = random_packed(4, 16, TWO_OF_FOUR, torch.bfloat16)
-    values, mask, starts = prepared(packed)[0]
-    for x, v, scale in (
-        (random(1, 16, dtype=torch.float16), values, None),
-        (random(1, 16), values.float(), None),
-        (random(1, 16, dtype=torch.bfloat16), values.to(torch.int8), torch.ones(4)),
+    state = TRITON.prepare(random_packed(4, 16, TWO_OF_FOUR, torch.bfloat16))
+    weight = operands(state.tensors, state.sizes, None, "triton")
+    for x, other in (
+        (random(1, 16, dtype=torch.float16), weight),
+        (random(1, 16), weight._replace(values=weight.values.float())),
+        (
+            random(1, 16, dtype=torch.bfloat16),
+            weight._replace(values=weight.values.to(torch.int8), scale=torch.ones(4)),
+        ),
     ):
         with pytest.raises(RuntimeError, match="on a GPU both must be bfloat16 or float16"):
-            linear_cuda(x, v, mask, starts, scale, None, 4, 16, 2, 4)
+            linear_cuda(x, other)
 
 
 def test_what_stays_in_memory() -> None:

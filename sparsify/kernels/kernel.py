@@ -53,6 +53,24 @@ class Kernel:
     linear: Linear
 
 
+def check_columns(x: torch.Tensor, n_in: int) -> None:
+    """Refuse an ``x`` that a reshape would silently cut into other rows.
+
+    Raises:
+        RuntimeError: its last dimension is not ``n_in``.
+    """
+    if not x.dim() or x.shape[-1] != n_in:
+        raise RuntimeError(f"input has the shape {list(x.shape)}, the weight takes {n_in} columns")
+
+
 def gathered(x: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``x`` [..., in] with its channels in the order in which the weight is stored."""
-    return x if "perm" not in tensors else x.index_select(-1, tensors["perm"])
+    """``x`` [..., in] with its channels in the order in which the weight is stored.
+
+    Raises:
+        RuntimeError: ``x`` has another number of channels than that order.
+    """
+    if "perm" not in tensors:
+        return x
+    # Of too many channels, some would silently be left out.
+    check_columns(x, tensors["perm"].shape[0])
+    return x.index_select(-1, tensors["perm"])

@@ -13,16 +13,19 @@ A *plan* says which way takes how many tokens: ``bf16<=4,amx<=512,slices``. ``di
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from sparsify.errors import UsageError
 from sparsify.format.bits import count_bits
 from sparsify.format.packed import Packed, decode
-from sparsify.kernels.kernel import Kernel, State, gathered
+from sparsify.kernels import packed_reference
+from sparsify.kernels.kernel import Kernel, State, check_columns
+from sparsify.kernels.linear import Operands, linear
+from sparsify.kernels.operators import implement
 
 try:
     from sparsify import _kernels
@@ -112,50 +115,16 @@ def plan_without_measurements(values: torch.dtype) -> str:
     return "avx512<=8,slices"
 
 
-def run_way(
-    x: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor],
-    sizes: Mapping[str, int],
-    bias: torch.Tensor | None,
-    way: str,
-) -> torch.Tensor:
-    """The product of ``x`` [tokens, in] by one way, for measurements; arguments as in ``State``."""
-    from sparsify.kernels.linear import OP
-
-    result: torch.Tensor = OP(
-        x, tensors["values"], tensors["mask"], tensors["starts"], tensors.get("scale"), tensors.get("dense"), bias,
-        sizes["n_out"], sizes["n_in"], sizes["n"], sizes["m"], way,
-    )  # fmt: skip
-    return result
+# By one way, for measurements: a plan of one step.
+run_way = linear
 
 
-def multiply(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    starts: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n_out: int,
-    n_in: int,
-    n: int,
-    m: int,
-    way: str,
-) -> torch.Tensor:
-    """``x @ weight.T + bias`` [tokens, out] by a compiled way or by ``slices``.
+def multiply(x: torch.Tensor, weight: Operands, way: str) -> torch.Tensor:
+    """``x @ weight.T + bias`` [..., out] by a compiled way or by ``slices``.
 
     Args:
-        x: [tokens, in], contiguous; bfloat16 or float32.
-        values: as in ``Packed``; of the dtype of ``x``, or int8.
-        mask: uint8 [out, ceil(in / 8)].
-        starts: int64 [out + 1], where the values of each row begin; empty for n:m. Whoever makes it computes it from
-            the mask: kernels read as many values as the mask has ones.
-        scale: float32 [out] of int8 values, else None.
-        bias: [out] in the dtype of ``x``, or None.
-        n_out: rows of the weight.
-        n_in: columns of the weight.
-        n: values kept per group, 0 without a pattern.
-        m: columns of a group, 0 without a pattern.
+        x: [..., in], contiguous; bfloat16 or float32.
+        weight: its tensors contiguous, with the ``starts`` of steps of this module.
         way: of ``ways``.
 
     Raises:
@@ -163,35 +132,28 @@ def multiply(
     """
     if _WHY_NOT:
         raise RuntimeError(_WHY_NOT)
-    _check(x, values, mask, starts, scale, bias, n_out, n_in, m)
-    weight = (
+    _check(x, weight)
+    values, mask, starts, scale, _, bias, n_out, n_in, n, m, *_ = weight
+    stored = (
         TYPES[values.dtype], values.data_ptr(), values.numel(), mask.data_ptr(), 0 if m else starts.data_ptr(),
         0 if scale is None else scale.data_ptr(), n_out, n_in, n, m,
     )  # fmt: skip
-    threads = torch.get_num_threads()
+    threads, tokens = torch.get_num_threads(), x.numel() // n_in
     # A plan's step covers numbers of tokens at which sums of so many columns would overflow.
-    if way == SLICES or (n_in > _MOST_TILES and way not in ways(values.dtype, x.dtype, x.shape[0], n_in)):
-        return _slices(x, weight, bias, threads)
-    result = torch.empty((x.shape[0], n_out), dtype=x.dtype)
+    if way == SLICES or (n_in > _MOST_TILES and way not in ways(values.dtype, x.dtype, tokens, n_in)):
+        return _slices(x.view(-1, n_in), stored, bias, threads).view(*x.shape[:-1], n_out)
+    # Of the shape that is wanted: a reshape of x and of the result takes as long as a small product.
+    result = torch.empty((*x.shape[:-1], n_out), dtype=x.dtype)
     _kernels.linear(
-        *weight, way, TYPES[x.dtype], x.data_ptr(), x.shape[0], 0 if bias is None else bias.data_ptr(),
-        result.data_ptr(), threads,
+        *stored, way, TYPES[x.dtype], x.data_ptr(), tokens, 0 if bias is None else bias.data_ptr(), result.data_ptr(),
+        threads,
     )  # fmt: skip
     return result
 
 
-def _check(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    starts: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n_out: int,
-    n_in: int,
-    m: int,
-) -> None:
+def _check(x: torch.Tensor, weight: Operands) -> None:
     """Sizes and dtypes, in constant time: from them the compiled module computes addresses."""
+    values, mask, starts, scale, _, bias, n_out, n_in, _, m, *_ = weight
     if x.dtype not in (torch.float32, torch.bfloat16) or values.dtype not in (x.dtype, torch.int8):
         raise RuntimeError(f"input is {x.dtype}, the weight was prepared as {values.dtype}")
     if bias is not None and (bias.dtype != x.dtype or bias.numel() != n_out or not bias.is_contiguous()):
@@ -206,15 +168,15 @@ def _check(
 
 
 def _slices(
-    x: torch.Tensor, weight: tuple[str, int, int, int, int, int, int, int, int, int], bias: torch.Tensor | None,
+    x: torch.Tensor, stored: tuple[str, int, int, int, int, int, int, int, int, int], bias: torch.Tensor | None,
     threads: int,
 ) -> torch.Tensor:  # fmt: skip
-    n_out, n_in = weight[6:8]
+    n_out, n_in = stored[6:8]
     step = min(n_out, max(16, _SLICE // n_in))
     buffer = torch.empty((step, n_in), dtype=x.dtype)
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        _kernels.expand(*weight, TYPES[x.dtype], buffer.data_ptr(), start, stop, threads)
+        _kernels.expand(*stored, TYPES[x.dtype], buffer.data_ptr(), start, stop, threads)
         part = None if bias is None else bias[start:stop]
         return torch.nn.functional.linear(x, buffer[: stop - start], part)
 
@@ -225,6 +187,26 @@ def _slices(
         stop = min(n_out, start + step)
         result[:, start:stop] = rows(start, stop)
     return result
+
+
+def _cpu(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What the operator ``sparsify::linear`` runs on a CPU."""
+    weight = Operands(*rest)
+    check_columns(x, weight.n_in)
+    if weight.plan == packed_reference.PLAN:
+        return packed_reference.multiply(x, weight)
+    tokens = x.numel() // weight.n_in
+    if not tokens:
+        return x.new_empty((*x.shape[:-1], weight.n_out))
+    way = way_for(weight.plan, tokens)
+    if way != DENSE:
+        return multiply(x.contiguous(), weight, way)
+    if weight.dense is None:
+        raise RuntimeError(f"plan {weight.plan} multiplies with the dense weight, which is not there")
+    return torch.nn.functional.linear(x, weight.dense, weight.bias)
+
+
+implement("linear", _cpu, "CPU")
 
 
 def row_starts(mask: torch.Tensor) -> torch.Tensor:
@@ -265,16 +247,6 @@ def prepare_with(packed: Packed, plan: str) -> State:
     return State(tensors, {"n_out": n_out, "n_in": n_in, "n": n, "m": m})
 
 
-def _linear(
-    x: torch.Tensor,
-    tensors: Mapping[str, torch.Tensor],
-    sizes: Mapping[str, int],
-    bias: torch.Tensor | None,
-    plan: str,
-) -> torch.Tensor:
-    return run_way(gathered(x, tensors), tensors, sizes, bias, plan)
-
-
 @functools.cache
 def native(plan: str) -> Kernel:
     """The kernel that follows ``plan``; its name is ``native``, or ``native+dense`` where it keeps the dense weight.
@@ -289,5 +261,5 @@ def native(plan: str) -> Kernel:
         absent=_absent,
         refuse=_refuse,
         prepare=partial(prepare_with, plan=plan),
-        linear=partial(_linear, plan=plan),
+        linear=partial(linear, plan=plan),
     )

@@ -15,16 +15,10 @@ import torch
 _LIBRARY: Any = torch.library.Library("sparsify", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define(
-    schema: str,
-    run: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
-    device: str = "CompositeExplicitAutograd",
-) -> Any:
-    """The operator of ``schema``; ``run`` computes it where the dispatch key ``device`` applies, ``fake`` its shape."""
+def declare(schema: str, fake: Callable[..., torch.Tensor]) -> Any:
+    """The operator of ``schema``, which nothing computes yet; ``fake`` says the shape of its result."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, device)
     torch.library.register_fake(f"sparsify::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.sparsify, name).default
 
@@ -32,3 +26,10 @@ def define(
 def implement(name: str, run: Callable[..., torch.Tensor], device: str) -> None:
     """Compute the operator ``name`` by ``run`` where the dispatch key ``device`` applies."""
     _LIBRARY.impl(name, run, device)
+
+
+def define(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor], device: str) -> Any:
+    """The operator of ``schema``, computed by ``run`` where the dispatch key ``device`` applies."""
+    operator = declare(schema, fake)
+    implement(schema.partition("(")[0], run, device)
+    return operator

@@ -21,8 +21,12 @@ import torch
 
 from sparsify.format.bits import count_bits
 from sparsify.format.packed import Packed
+from sparsify.kernels import packed_reference
 from sparsify.kernels.gpu_timing import timed_us
-from sparsify.kernels.kernel import Kernel, State, gathered
+from sparsify.kernels.kernel import Kernel, State, check_columns
+from sparsify.kernels.linear import Operands, linear
+from sparsify.kernels.native import DENSE, parse_plan
+from sparsify.kernels.operators import implement
 from sparsify.kernels.triton_config import (
     BITS,
     CHUNK,
@@ -38,6 +42,7 @@ from sparsify.kernels.triton_config import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_PLAN = "triton"
 HALVES = (torch.bfloat16, torch.float16)
 # Of an address, so that values are read 16 bytes at a time.
 _ALIGNMENT = 16
@@ -68,39 +73,30 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
-def linear_cuda(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    starts: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    n_out: int,
-    n_in: int,
-    n: int,
-    m: int,
-) -> torch.Tensor:
+def _check_plan(plan: str) -> None:
+    """Refuse plans that are not followed here; which packed way of a CPU takes how many tokens changes nothing."""
+    if plan != _PLAN and any(way == DENSE for _, way in parse_plan(plan)):
+        raise RuntimeError(f"plan {plan} multiplies with the dense weight, which no kernel does on CUDA")
+
+
+def linear_cuda(x: torch.Tensor, weight: Operands) -> torch.Tensor:
     """``x @ weight.T + bias``, summed in float32 and rounded once.
 
     Args:
         x: [..., in], bfloat16 or float16.
-        values: of the dtype of ``x``, as in ``Packed``.
-        mask: uint8 [out, ceil(in / 8)].
-        starts: from ``chunk_starts``, empty where a weight is 2:4 and 16 divides ``n_in``. Another shape, as other
-            devices want it, is replaced by a table made anew at every call, which is slow.
-        scale: of values in 8 bits, which are not read here.
-        bias: [out] or None.
-        n_out: rows of the weight.
-        n_in: columns of the weight.
-        n: values kept per group, 0 without a pattern.
-        m: columns of a group, 0 without a pattern.
+        weight: values of the dtype of ``x``. Where ``starts`` is not the table of ``chunk_starts``, as in a layer that
+            was prepared for another device, one is made anew at every call, which is slow.
 
     Returns:
         [..., out] in the dtype of ``x``.
 
     Raises:
-        RuntimeError: dtypes that are not read here.
+        RuntimeError: ``x`` does not have ``in`` columns, dtypes are not read here, or the plan has a dense step.
+        UsageError: the plan is malformed.
     """
+    check_columns(x, weight.n_in)
+    _check_plan(weight.plan)
+    values, mask, starts, scale, _, bias, n_out, n_in, n, m, *_ = weight
     if scale is not None or x.dtype not in HALVES or values.dtype != x.dtype:
         raise RuntimeError(
             f"input is {x.dtype} and the weight's values are {values.dtype}; on a GPU both must be bfloat16 or float16"
@@ -112,13 +108,24 @@ def linear_cuda(
     kind = kind_of(n_in, n, m)
     if kind == BITS and starts.dim() != 2:
         starts = chunk_starts(mask)
-    weight = (values, mask, starts)
+    stored = (values, mask, starts)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         flat = _aligned(x.reshape(-1, n_in))
         if tokens > MAX_TOKENS:
-            return torch.nn.functional.linear(flat, expanded(weight, kind, (n_out, n_in)), bias).view(shape)
+            return torch.nn.functional.linear(flat, expanded(stored, kind, (n_out, n_in)), bias).view(shape)
         config = configure(x.device, kind, (n_out, n_in), tokens)
-        return multiply(flat, weight, bias, kind, (n_out, n_in), config).view(shape)
+        return multiply(flat, stored, bias, kind, (n_out, n_in), config).view(shape)
+
+
+def _cuda(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    weight = Operands(*rest)
+    if weight.plan != packed_reference.PLAN:
+        return linear_cuda(x, weight)
+    check_columns(x, weight.n_in)
+    return packed_reference.multiply(x, weight)
+
+
+implement("linear", _cuda, "CUDA")
 
 
 Weight = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -264,24 +271,11 @@ def _prepare(packed: Packed) -> State:
     return State(tensors, {"n_out": n_out, "n_in": n_in, "n": n, "m": m})
 
 
-def _linear(
-    x: torch.Tensor, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int], bias: torch.Tensor | None
-) -> torch.Tensor:
-    # The module that defines the operator registers ``linear_cuda`` with it.
-    from sparsify.kernels.linear import OP
-
-    result: torch.Tensor = OP(
-        gathered(x, tensors), tensors["values"], tensors["mask"], tensors["starts"], None, None, bias,
-        sizes["n_out"], sizes["n_in"], sizes["n"], sizes["m"], "",
-    )  # fmt: skip
-    return result
-
-
 TRITON = Kernel(
     "triton",
     "any pattern in 16 bits on NVIDIA GPUs from Ampere on: few tokens, read from the packed weight",
     absent=absent,
     refuse=_refuse,
     prepare=_prepare,
-    linear=_linear,
+    linear=partial(linear, plan=_PLAN),
 )
