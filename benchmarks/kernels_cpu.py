@@ -143,6 +143,7 @@ def main() -> None:
         "device": device_key(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "pool": Path(native.pool()).name,
+        "wake_us": _kernels.wake_ns(torch.get_num_threads()) / 1e3,
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "torch": torch.__version__,
         "python": platform.python_version(),

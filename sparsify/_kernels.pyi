@@ -12,7 +12,7 @@ def pool() -> str:
 
 def wake_ns(threads: int) -> int:
     """
-    Nanoseconds that it takes to wake the pool's threads: measured once, by the first product that could use them.
+    Nanoseconds that it takes to wake the pool's threads, measured now and then by products that could use them.
     """
 
 def assume_wake_ns(ns: int) -> None:

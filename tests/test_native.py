@@ -27,6 +27,15 @@ PATTERNS = [NofM(2, 4), NofM(4, 8), NofM(1, 4), NofM(3, 7), None]
 ROUNDING = {F32: 2e-6, BF16: 2.0**-8}
 
 
+@pytest.fixture(autouse=True)
+def small_products_are_divided() -> Iterator[None]:
+    from sparsify import _kernels
+
+    _kernels.assume_wake_ns(0)
+    yield
+    _kernels.assume_wake_ns(-1)
+
+
 @pytest.fixture(params=[1, 2, 5], ids=["1 thread", "2 threads", "5 threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -111,6 +120,15 @@ def test_more_tokens_than_tiles_take_at_once(values: torch.dtype, tokens: int) -
     x = torch.randn(tokens, 1128, generator=torch.Generator().manual_seed(1)).to(BF16)
     for way in native.ways(values, BF16, tokens, 1128):
         compare(state, packed, x, None, way)
+
+
+def test_more_tokens_than_are_laid_out_at_once() -> None:
+    """512 of so many columns take 16 MB."""
+    packed = packed_weight(20, 16416, None, BF16)
+    state = native.prepare_with(packed, native.SLICES)
+    x = torch.randn(600, 16416, generator=torch.Generator().manual_seed(1)).to(BF16)
+    if "amx" in native.features():
+        compare(state, packed, x, None, "amx")
 
 
 def test_rows_too_wide_for_sums_of_bytes() -> None:
@@ -235,7 +253,7 @@ def test_tensors_may_lie_at_any_address(values: torch.dtype, threads: int) -> No
 @pytest.mark.parametrize("values", [F32, BF16, I8], ids=str)
 def test_threads_and_batches_do_not_change_a_bit(values: torch.dtype) -> None:
     """Of one way; a token's result does not depend on those beside it."""
-    packed = packed_weight(70, 776, None, values)
+    packed = packed_weight(390, 776, None, values)
     state = native.prepare_with(packed, native.SLICES)
     x_dtype = F32 if values == F32 else BF16
     x = torch.randn(11, 776, generator=torch.Generator().manual_seed(0)).to(x_dtype)

@@ -70,8 +70,7 @@ NB_MODULE(_kernels, m) {
           "File of the OpenMP runtime whose threads are used; empty: only the calling thread is.");
 
     m.def("wake_ns", [](int threads) { return wake_ns(threads); }, nb::arg("threads"),
-          "Nanoseconds that it takes to wake the pool's threads: measured once, by the first product that could use "
-          "them.");
+          "Nanoseconds that it takes to wake the pool's threads, measured now and then by products that could use them.");
 
     m.def("assume_wake_ns", [](int64_t ns) { assume_wake_ns(ns); }, nb::arg("ns"),
           "Take it to be that instead, so that small products are divided too; negative: what was measured.");

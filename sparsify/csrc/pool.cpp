@@ -77,10 +77,13 @@ void share(void* data) {
 
 // Between the products of a model other code runs about as long, and threads that wait actively are still awake then.
 constexpr std::chrono::microseconds kIdle{50};
+constexpr std::chrono::seconds kValid{5};
 constexpr int kTrials = 15;
 constexpr int64_t kLongest = 100'000;  // ns; more than that is another program on the same cores, which may go
 
-std::atomic<int64_t> assumed{-1};
+std::atomic<int64_t> assumed{-1}, measured{-1};
+std::atomic<std::chrono::steady_clock::rep> measured_at{0};
+std::atomic_flag measuring = ATOMIC_FLAG_INIT;
 
 int64_t measure_wake(int threads) {
     using Clock = std::chrono::steady_clock;
@@ -106,9 +109,16 @@ const char* pool_name() { return runtime().name; }
 int64_t wake_ns(int threads) {
     if (threads <= 1 || !runtime().parallel || runtime().in_parallel()) return 0;
     if (assumed >= 0) return assumed;
-    // By whoever comes first: with more threads it takes longer, but of the same order.
-    static const int64_t measured = measure_wake(threads);
-    return measured;
+    // With more threads it takes longer, but of the same order; with other work on the cores, another time. So it is
+    // measured again now and then, by whoever comes first; the others go on with what is known.
+    const auto now = std::chrono::steady_clock::now().time_since_epoch();
+    const bool old = measured < 0 || now - std::chrono::steady_clock::duration(measured_at) > kValid;
+    if (old && !measuring.test_and_set()) {
+        measured = measure_wake(threads);
+        measured_at = std::chrono::steady_clock::now().time_since_epoch().count();
+        measuring.clear();
+    }
+    return std::max<int64_t>(measured, 0);
 }
 
 void assume_wake_ns(int64_t ns) { assumed = ns; }

@@ -20,7 +20,7 @@ void parallel_for(int64_t n, int64_t grain, int threads, Body body) {
 const char* pool_name();
 
 // Nanoseconds that an empty region of that runtime takes after a short idle time (a median), measured by the first call
-// that asks for more than one thread; 0 for one thread and where there is no runtime.
+// that asks for more than one thread and again every few seconds; 0 for one thread and where there is no runtime.
 int64_t wake_ns(int threads);
 
 // Take it to be that instead; negative: what was measured. For tests, whose products are small.

@@ -15,7 +15,7 @@ constexpr int64_t kTile = 16, kTileBytes = kTile * kRegister;
 // Registers of columns in a panel: sixteen rows of it and of the tokens lie in the first-level cache.
 constexpr int64_t kPanel = 16;
 // Rows of a panel for many tokens: each tile of tokens that comes from further away is used for all of them.
-// Its registers are at least kBlockPanel if the rows have as many, and fewer than twice that.
+// Its registers are about kBlockPanel, and fewer than twice that where rows have few.
 constexpr int64_t kBlockRows = 256, kBlockPanel = 16;
 
 // GCC's tile intrinsics do not say what memory they read: stores to it stay before them, and later ones behind, by this.
@@ -265,7 +265,8 @@ void many_tokens(const Product& p, const Input& input, int64_t begin, int64_t en
     using R = Row<V, S>;
     const int64_t n_registers = padded(p.weight.n_in, 32) / 32, rest = p.weight.n_in % 32;
     const int64_t token_stride = n_registers * kTileBytes, token_blocks = padded(p.tokens, kTile) / kTile;
-    // Equal panels, each of whole pairs of registers: a small last one would load and store all sums for little.
+    // No panel for what is left after the others: a small one would load and store all sums for little. Pairs, as int8
+    // codes come for two registers.
     const int64_t n_panels = std::max<int64_t>(1, n_registers / kBlockPanel);
     const int64_t width = padded((n_registers + n_panels - 1) / n_panels, 2), row_stride = width * kTileBytes;
     const Scratch panel_memory(Use::panel, kBlockRows / kTile * row_stride);
