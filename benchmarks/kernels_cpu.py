@@ -52,7 +52,7 @@ def loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 # Reached the way sparse products are: what that takes is not what is compared.
-LIBRARY: Any = torch.library.Library("sparsify_benchmark", "DEF")
+LIBRARY: Any = torch.library.Library("sparsify_benchmark", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define("loop(Tensor x, Tensor weight) -> Tensor")
 LIBRARY.impl("loop", loop, "CPU")
 LOOP_OP = torch.ops.sparsify_benchmark.loop.default

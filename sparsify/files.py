@@ -59,6 +59,10 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# Of the names that ``temporary_beside`` makes; an output may have files of its own that end in ``.tmp``.
+_TEMPORARY = f"*.{'[0-9a-f]' * 12}.tmp"
+
+
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A new file in the folder of ``path`` that nobody else writes to; removed at the end if it is still there.
@@ -154,7 +158,7 @@ class Staging:
             return None
         with writing(self.path):
             # Of a process that was killed while it wrote: under their names nothing will replace them.
-            for left in self.path.rglob("*.tmp"):
+            for left in self.path.rglob(_TEMPORARY):
                 if left.is_file():
                     left.unlink()
         try:

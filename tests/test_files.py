@@ -188,8 +188,10 @@ def test_files_that_a_killed_process_was_writing_are_not_part_of_the_output(tmp_
         (staging.path / "sub").mkdir()
         for name in ("model.safetensors.0123456789ab.tmp", ".state.json.0123456789ab.tmp", "sub/x.0123456789ab.tmp"):
             (staging.path / name).write_text("half")
+        # An output's own.
+        (staging.path / "sub/notes.tmp").write_text("whole")
     with staging_folder(out, {}) as staging:
         assert staging.state == {"done": 1}
         write_json(staging.path / "sparsify.json", MANIFEST)
         staging.commit()
-    assert sorted(path.name for path in out.rglob("*")) == ["sparsify.json", "sub"]
+    assert sorted(path.name for path in out.rglob("*")) == ["notes.tmp", "sparsify.json", "sub"]

@@ -229,9 +229,12 @@ def test_the_operator_on_cuda_follows_its_plans(kernel: Kernel) -> None:
     weight = operands(state.tensors, state.sizes, None, "packed")
     if kernel is PACKED:
         assert torch.equal(triton_decode._cuda(x, *weight), run(PACKED, packed, x))
-    for plan in ("dense", "bf16<=4,dense", "amx<=512,dense"):
-        with pytest.raises(RuntimeError, match=f"plan {plan} multiplies with the dense weight, which no kernel does"):
-            triton_decode._cuda(x, *weight._replace(plan=plan, dense=decode(packed)))
+    bias = random(24, dtype=torch.bfloat16, seed=2)
+    for plan in ("dense", "bf16<=2,dense", "amx<=2,dense"):
+        with pytest.raises(RuntimeError, match=f"plan {plan} multiplies with the dense weight, which is not there"):
+            triton_decode._cuda(x, *weight._replace(plan=plan))
+        found = triton_decode._cuda(x, *weight._replace(plan=plan, dense=decode(packed), bias=bias))
+        assert torch.equal(found, linear(x, decode(packed), bias))
     with pytest.raises(UsageError, match="plan 'fast' is none"):
         triton_decode._cuda(x, *weight._replace(plan="fast"))
     for plan in ("packed", "triton", "bf16<=4,slices"):

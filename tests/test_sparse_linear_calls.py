@@ -131,10 +131,14 @@ def test_tensors_without_data_have_no_autocast() -> None:
         assert (found.shape, found.dtype, found.device) == (wanted.shape, wanted.dtype, wanted.device)
 
 
-@no_native
-def test_without_autocast_a_wrong_dtype_is_an_error_as_for_an_ordinary_linear() -> None:
-    layer, ordinary = pair(None, BF16, native.native("slices"))
-    for x in (torch.ones(2, N_IN), torch.ones(2, N_IN, dtype=F16)):
+@pytest.mark.parametrize(
+    "kernel", [PACKED, pytest.param(native.native("slices"), marks=no_native)], ids=lambda kernel: kernel.name
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_without_autocast_a_wrong_dtype_is_an_error_as_for_an_ordinary_linear(kernel: Kernel, bias: bool) -> None:
+    layer, ordinary = pair(None, BF16, kernel, bias=bias)
+    for dtype in (F32, F16, torch.float64, torch.int64, torch.bool):
+        x = torch.ones(2, N_IN, dtype=dtype)
         for module in (layer, ordinary):
             with torch.no_grad(), pytest.raises(RuntimeError):
                 module(x)
@@ -190,6 +194,23 @@ def test_one_graph_under_autocast(kernel: str, inside: bool) -> None:
     with torch.no_grad():
         # The graph is of one state of autocast.
         assert compiled(x).dtype == (BF16 if inside else F32)
+
+
+def test_of_8_bits_an_input_is_any_float_and_a_bias_is_of_its_dtype() -> None:
+    packed = quantise(encode(zeroed((N_OUT, N_IN), None, BF16)))
+    layer = SparseLinear(packed, PACKED, nn.Parameter(whole((N_OUT,), 9, 3).to(BF16)))
+    for dtype in (torch.int64, torch.float64):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"input is .*, the weight was prepared as torch.int8"):
+            layer(torch.ones(2, N_IN, dtype=dtype))
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r"bias is torch.bfloat16 \[40\], want torch.float32 \[40\]"),
+    ):
+        layer(torch.ones(2, N_IN))
+    plain = SparseLinear(packed, PACKED)
+    for dtype in (F32, F16, BF16):
+        with torch.no_grad():
+            assert plain(torch.ones(2, N_IN, dtype=dtype)).dtype == dtype
 
 
 # Threads

@@ -1,4 +1,4 @@
-"""State dicts of packed layers: what fits where, and that kernels never see what does not."""
+"""State dicts of packed layers: what fits where, and that no kernel sees of them what does not."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsify.compress import compress_
 from sparsify.format.packed import Packed, decode, encode, quantise
-from sparsify.kernels import native
+from sparsify.kernels import native, packed_reference
 from sparsify.kernels.kernel import Kernel, State
 from sparsify.kernels.packed_reference import PACKED
 from sparsify.plugins.sparse_linear import SparseLinear
@@ -97,6 +97,7 @@ MISFITS: dict[str, tuple[Callable[[], Packed], Change, str]] = {
     "the values missing": (loose, lambda state: state.pop("values"), "values is missing beside the other parts"),
     "other scales": (lambda: quantise(loose()), put("scale", lambda t: t[:-1]), r"scale is torch.float32 \[23\]"),
     "scales missing": (lambda: quantise(loose()), lambda state: state.pop("scale"), "scale is missing beside"),
+    "another bias": (loose, put("bias", lambda t: t[:-1]), r"bias is \[23\], the layer has \[24\]"),
     "no tensor": (loose, put("mask", lambda t: "mask"), "mask is <class 'str'>, the layer has torch.uint8"),
     "no data": (loose, put("mask", lambda t: t.to("meta")), "mask has no data"),
 }  # fmt: skip
@@ -168,6 +169,93 @@ def test_loading_copies_or_takes_tensors_as_it_does_for_any_module() -> None:
         # Kernels read rows one after another.
         layer.load_state_dict({**given, "mask": given["mask"].t().contiguous().t()}, assign=True)
         assert torch.equal(product(layer, 2), product(layer_of(loose(), kernel, seed=6), 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"assign": True}], ids=str)
+def test_slices_are_those_of_the_layer_wherever_a_state_dict_was_made(
+    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device cuts a weight otherwise, and a layer that was moved keeps its slices."""
+    monkeypatch.setattr(packed_reference, "_SLICE", 5 * N_IN)
+    layer, source = layer_of(loose(), PACKED), layer_of(encode(decode(loose()).flip(0)), PACKED, seed=6)
+    monkeypatch.setattr(packed_reference, "_SLICE", 7 * N_IN)
+    elsewhere = layer_of(source.packed(), PACKED, seed=6)
+    assert len(layer.get_buffer("starts")) != len(elsewhere.get_buffer("starts"))
+    layer.load_state_dict(elsewhere.state_dict(), **options)
+    same_contents(contents(layer), contents(source))
+    assert torch.equal(product(layer, 3), product(source, 3))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_what_hooks_put_into_a_state_dict_is_checked_too(kernel: Kernel) -> None:
+    layer, good = layer_of(loose(), kernel), layer_of(encode(decode(loose()).flip(0)), kernel, seed=6)
+    before, calls = contents(layer), []
+
+    def forge(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        calls.append(prefix)
+        state[f"{prefix}mask"] = torch.full_like(state[f"{prefix}mask"], 255)
+
+    def swap(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        calls.append(prefix)
+        state.update({prefix + name: tensor for name, tensor in good.state_dict().items()})
+
+    given = layer.state_dict()
+    model = nn.Sequential(layer)
+    handle = layer.register_load_state_dict_pre_hook(forge)  # type: ignore[no-untyped-call]
+    for options in ({}, {"strict": False}, {"assign": True}):
+        with pytest.raises(RuntimeError, match=r"0\.mask marks columns"):
+            model.load_state_dict({f"0.{name}": tensor for name, tensor in given.items()}, **options)
+        same_contents(contents(layer), before)
+    handle.remove()
+    layer.register_load_state_dict_pre_hook(swap)  # type: ignore[no-untyped-call]
+    layer.load_state_dict(given)
+    same_contents(contents(layer), contents(good))
+    assert torch.equal(product(layer, 3), product(good, 3))
+    # Each once, and the layer keeps them.
+    assert calls == ["0."] * 3 + [""]
+    layer.load_state_dict(given)
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_the_mask_is_the_layers_own_even_where_tensors_are_taken(kernel: Kernel) -> None:
+    layer, given = layer_of(loose(), kernel), dict(layer_of(loose(), kernel, seed=6).state_dict())
+    layer.load_state_dict(given, assign=True)
+    before, wanted = contents(layer), product(layer, 1)
+    given["mask"].fill_(255)
+    same_contents(contents(layer), before)
+    assert torch.equal(product(layer, 1), wanted)
+
+
+@pytest.mark.parametrize("made", [loose, permuted, lambda: quantise(loose())], ids=["loose", "order", "int8"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_a_layer_moved_without_its_data_has_an_empty_mask_until_it_is_loaded(
+    made: Callable[[], Packed], kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What uninitialised memory may hold.
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: torch.full_like(tensor, 77, **options))
+    source = layer_of(made(), kernel, seed=6)
+    for through_meta in (False, True):
+        layer = layer_of(made(), kernel)
+        if through_meta:
+            layer.to("meta")
+        layer.to_empty(device="cpu")
+        assert not layer.get_buffer("mask").any()
+        assert not layer.get_buffer("starts").any()
+        if made is loose and kernel is PACKED:
+            # The bias alone, which is as it was made.
+            assert torch.equal(product(layer, 1), layer.get_parameter("bias").detach().unsqueeze(0))
+        elif made is loose:
+            with pytest.raises(ValueError, match="number of values does not follow"):
+                product(layer, 1)
+        layer.load_state_dict(source.state_dict())
+        same_contents(contents(layer), contents(source))
+        # A move that copies keeps all.
+        layer._apply(torch.clone)
+        same_contents(contents(layer), contents(source))
+    layer = layer_of(made(), kernel).to("meta")
+    layer.load_state_dict(source.state_dict(), assign=True)
+    same_contents(contents(layer), contents(source))
 
 
 def test_nothing_of_the_layer_in_a_state_dict_is_missing_as_usual() -> None:

@@ -181,6 +181,13 @@ def test_the_operator_takes_any_shape_of_input(pattern: NofM | None) -> None:
     elsewhere = native.prepare_with(packed, "bf16<=4,slices")
     found = linear_cuda(inputs[3], operands(elsewhere.tensors, elsewhere.sizes, None, "bf16<=4,slices"))
     torch.testing.assert_close(found, linear(inputs[3], decode(packed)), rtol=2e-2, atol=2e-2)
+    # As auto makes them on CPUs: few tokens packed, many with the dense weight.
+    both = native.prepare_with(packed, "bf16<=2,dense")
+    with_dense = operands(both.tensors, both.sizes, bias, "bf16<=2,dense")
+    for x in inputs[2:4]:
+        found = linear_cuda(x, with_dense)
+        torch.testing.assert_close(found, linear(x, decode(packed), bias), rtol=2e-2, atol=2e-2)
+    assert torch.equal(linear_cuda(inputs[3], with_dense), linear(inputs[3], decode(packed), bias))
 
 
 @pytest.mark.parametrize("pattern", [TWO_OF_FOUR, None], ids=str)

@@ -29,9 +29,9 @@ class Operands(NamedTuple):
     ``triton``           CUDA      that of ``triton_decode.chunk_starts``; empty where its kernels need none
     ===================  ========  ===============================================================================
 
-    CUDA also takes steps of ``native`` without ``dense``, from layers that were prepared on a CPU and moved: it makes
-    its own starts at every call. Whoever makes ``starts`` computes it from ``mask``: kernels read as many values as
-    the mask has ones.
+    CUDA also takes steps of ``native``, from layers that were prepared on a CPU and moved: it makes its own starts at
+    every call, and multiplies with ``dense`` where the plan says so. Whoever makes ``starts`` computes it from
+    ``mask``: kernels read as many values as the mask has ones.
 
     Attributes:
         values: as in ``Packed``; of the dtype of ``x``, or int8.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsify.format.bits import count_bits
-from sparsify.format.packed import Packed, decode
+from sparsify.format.packed import DTYPES, Packed, decode
 from sparsify.kernels.kernel import Kernel, State, check_columns
 from sparsify.kernels.linear import Operands, linear
 from sparsify.kernels.operators import implement
@@ -29,11 +29,16 @@ def multiply(x: torch.Tensor, weight: Operands) -> torch.Tensor:
     """``x @ weight.T + bias`` [..., out] by slices of ``step`` rows, on any device.
 
     Raises:
-        RuntimeError: there is no such step.
+        RuntimeError: there is no such step, or dtypes do not belong together.
     """
     n_out, n_in, step = weight.n_out, weight.n_in, weight.step
     if step < 1:
         raise RuntimeError(f"plan {PLAN} expands {step} rows at a time")
+    # A weight is brought to the dtype of x, which of integers would make a product of other numbers.
+    if x.dtype not in (DTYPES if weight.scale is not None else (weight.values.dtype,)):
+        raise RuntimeError(f"input is {x.dtype}, the weight was prepared as {weight.values.dtype}")
+    if weight.bias is not None and weight.bias.dtype != x.dtype:
+        raise RuntimeError(f"bias is {weight.bias.dtype} {list(weight.bias.shape)}, want {x.dtype} [{n_out}]")
     pattern = NofM(weight.n, weight.m) if weight.m else None
     flat = x.reshape(-1, n_in)
     result = x.new_empty((flat.shape[0], n_out))
@@ -65,9 +70,9 @@ def rows_per_slice(n_in: int, device: torch.device) -> int:
     return max(1, (_SLICE if device.type == "cpu" else _GPU_SLICE) // n_in)
 
 
-def _prepare(packed: Packed) -> State:
+def prepare_with(packed: Packed, step: int) -> State:
+    """``packed`` to be expanded ``step`` rows at a time: its own tensors, and where the values of each slice begin."""
     n_out, n_in = packed.shape
-    step = rows_per_slice(n_in, packed.values.device)
     before = count_bits(packed.mask).sum(dim=1).cumsum(dim=0).cpu()
     # On the CPU, also where another device is the default: the host reads them to cut slices.
     before = torch.cat((torch.zeros(1, dtype=torch.int64, device="cpu"), before))
@@ -79,6 +84,10 @@ def _prepare(packed: Packed) -> State:
         tensors["scale"] = packed.scale
     n, m = (packed.pattern.n, packed.pattern.m) if packed.pattern else (0, 0)
     return State(tensors, {"n_out": n_out, "n_in": n_in, "n": n, "m": m, "step": step})
+
+
+def _prepare(packed: Packed) -> State:
+    return prepare_with(packed, rows_per_slice(packed.shape[1], packed.values.device))
 
 
 PACKED = Kernel(

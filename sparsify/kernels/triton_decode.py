@@ -25,7 +25,7 @@ from sparsify.kernels import packed_reference
 from sparsify.kernels.gpu_timing import timed_us
 from sparsify.kernels.kernel import Kernel, State, check_columns
 from sparsify.kernels.linear import Operands, linear
-from sparsify.kernels.native import DENSE, parse_plan
+from sparsify.kernels.native import DENSE, way_for
 from sparsify.kernels.operators import implement
 from sparsify.kernels.triton_config import (
     BITS,
@@ -73,12 +73,6 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
-def _check_plan(plan: str) -> None:
-    """Refuse plans that are not followed here; which packed way of a CPU takes how many tokens changes nothing."""
-    if plan != _PLAN and any(way == DENSE for _, way in parse_plan(plan)):
-        raise RuntimeError(f"plan {plan} multiplies with the dense weight, which no kernel does on CUDA")
-
-
 def linear_cuda(x: torch.Tensor, weight: Operands) -> torch.Tensor:
     """``x @ weight.T + bias``, summed in float32 and rounded once.
 
@@ -91,18 +85,22 @@ def linear_cuda(x: torch.Tensor, weight: Operands) -> torch.Tensor:
         [..., out] in the dtype of ``x``.
 
     Raises:
-        RuntimeError: ``x`` does not have ``in`` columns, dtypes are not read here, or the plan has a dense step.
+        RuntimeError: ``x`` does not have ``in`` columns, dtypes are not read here, or the plan multiplies so many
+            tokens with a dense weight that is not there.
         UsageError: the plan is malformed.
     """
     check_columns(x, weight.n_in)
-    _check_plan(weight.plan)
-    values, mask, starts, scale, _, bias, n_out, n_in, n, m, *_ = weight
+    values, mask, starts, scale, dense, bias, n_out, n_in, n, m, *_ = weight
+    shape, tokens = (*x.shape[:-1], n_out), x.numel() // n_in
+    # Of a layer that was prepared for a CPU; which packed way takes how many tokens there changes nothing here.
+    if weight.plan != _PLAN and way_for(weight.plan, tokens) == DENSE:
+        if dense is None:
+            raise RuntimeError(f"plan {weight.plan} multiplies with the dense weight, which is not there")
+        return torch.nn.functional.linear(x, dense, bias)
     if scale is not None or x.dtype not in HALVES or values.dtype != x.dtype:
         raise RuntimeError(
             f"input is {x.dtype} and the weight's values are {values.dtype}; on a GPU both must be bfloat16 or float16"
         )
-    shape = (*x.shape[:-1], n_out)
-    tokens = x.numel() // n_in
     if not tokens or not n_out:
         return x.new_empty(shape)
     kind = kind_of(n_in, n, m)

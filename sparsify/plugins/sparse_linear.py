@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from sparsify.format.packed import DTYPES, Packed, decode, encode, fits
 from sparsify.format.record import MASK, check_bits
 from sparsify.kernels.dispatch import KERNELS
 from sparsify.kernels.kernel import Kernel
-from sparsify.kernels.packed_reference import PACKED
+from sparsify.kernels.packed_reference import PACKED, prepare_with
 from sparsify.types import NofM
 
 TWO_OF_FOUR = NofM(2, 4)
@@ -41,7 +42,12 @@ class SparseLinear(nn.Module):
 
     A state dict has every buffer, as usual. Of those loaded, ``values``, ``mask``, ``perm`` and ``scale`` are checked
     against each other, since kernels read as many values as the mask has ones; what a kernel computes from them
-    (``starts``, ``dense``) is computed anew, so that it need not be there and may be that of another plan.
+    (``starts``, ``dense``) is computed anew, so that it need not be there and may be that of another plan. Of a mask
+    the layer takes a copy even with ``assign=True``. Where a move brings no data, as ``to_empty`` does, the mask is
+    empty until a state dict is loaded, and kernels may refuse to multiply.
+
+    A call does not check that the mask has as many ones as there are values, which would be to read it all: who writes
+    into the layer's own tensors, or calls it with others by ``torch.func.functional_call``, has to see to that.
 
     Args:
         packed: the weight [out, in], on the device where the kernel is to run.
@@ -169,7 +175,12 @@ class SparseLinear(nn.Module):
                     f"weights prepared for kernel {self.kernel_name} cannot be cast; open the model with dtype="
                 )
         self.dtype = self._cast(fn, self.dtype)
+        before = {name: self._buffers[name] for name in ("mask", "starts") if name in self.state_names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if any(_lost(old, self.get_buffer(name)) for name, old in before.items() if old is not None):
+            # Kernels read as many values as the mask has ones, from where they are said to begin: now none.
+            for name in before:
+                self._buffers[name] = torch.zeros_like(self.get_buffer(name))
         if scale is not None and (moved := self.get_buffer("scale")).dtype != scale.dtype:
             # The weight is cast, not what 8 bits are multiplied by to get it.
             self._buffers["scale"] = scale.to(moved.device)
@@ -182,20 +193,38 @@ class SparseLinear(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        # They may put other tensors there: what is checked is what they leave, and they run once.
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         state = dict(state_dict)
         if self.holds_packed:
             # Not believed, and not always those of this kernel.
             for name in {*self.state_names, "starts", "dense"} - {*_STORED}:
                 state.pop(prefix + name, None)
         try:
-            state |= {prefix + name: tensor for name, tensor in self._checked(state, prefix).items()}
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            state |= {prefix + name: tensor for name, tensor in self._checked(state, prefix, assign).items()}
+            for name, own in (*self._buffers.items(), *self._parameters.items()):
+                given = state.get(prefix + name)
+                # Of several tensors torch would have copied some before it finds one that does not fit.
+                if own is not None and isinstance(given, torch.Tensor) and given.shape != own.shape:
+                    sizes = f"{list(given.shape)}, the layer has {list(own.shape)}"
+                    raise ModelError(f"{prefix}{name} is {sizes}; {_REMEDY}")
         except ModelError as error:
             error_msgs.append(str(error))
             return
-        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            super()._load_from_state_dict(
+                state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._load_state_dict_pre_hooks = hooks
 
-    def _checked(self, state: Mapping[str, Any], prefix: str) -> Mapping[str, torch.Tensor]:
+    def _checked(self, state: Mapping[str, Any], prefix: str, assign: bool) -> Mapping[str, torch.Tensor]:
         """Buffers to load of those in ``state``, and what follows from them; none where there are none.
+
+        They are brought to the layer's device, unless the layer is to take (``assign``) the tensors themselves.
 
         Raises:
             ModelError: names the key.
@@ -226,8 +255,17 @@ class SparseLinear(nn.Module):
         for name in _STORED:
             if name in self.state_names and name not in found:
                 raise refuse(name, "is missing beside the other parts of the weight")
+        own = self.get_buffer("values")
+        device = found["values"].device if assign or own.is_meta else own.device
+        found = {name: tensor.to(device) for name, tensor in found.items()}
+        if assign:
+            # Whoever has the state dict could still change it.
+            found["mask"] = found["mask"].clone()
         packed = self._packed(found)
         check_bits(packed.mask, self.in_features, packed.pattern, len(packed.values), refuse)
+        if self.kernel is PACKED:
+            # In the slices of the layer, which may have been prepared on another device.
+            return prepare_with(packed, self.sizes["step"]).tensors
         return self.kernel.prepare(packed).tensors
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,6 +278,13 @@ class SparseLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if isinstance(self.kernel, str):
             self.kernel = KERNELS[self.kernel]
+
+
+def _lost(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether what ``old`` held is not in ``new``, which a move made of it."""
+    if new is old or new.is_meta:
+        return False
+    return old.is_meta or not torch.equal(old.to(new.device), new)
 
 
 def _copy(packed: Packed) -> Packed:
