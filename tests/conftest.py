@@ -16,11 +16,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
 
 pytest.register_assert_rewrite("tests.problems", "tests.coupled", "tests.checkpoints", "tests.onnxruntime_artifacts")
+# The same examples in every run; others with --hypothesis-profile default.
+hypothesis.settings.register_profile("seeded", derandomize=True)
+hypothesis.settings.load_profile("seeded")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

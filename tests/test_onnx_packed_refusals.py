@@ -14,6 +14,7 @@ from sparsify.errors import ModelError, OutputError, SparsifyError, UsageError, 
 from sparsify.exporters import onnx_packed_codec
 from sparsify.exporters.onnx_packed import PackAs, pack_onnx, unpack_onnx
 from sparsify.exporters.onnx_packed_reader import RECORD, PackedWeights
+from sparsify.exporters.onnx_reader import OnnxWeights
 from sparsify.types import NofM
 from tests.packed_onnx import MANY, WANTED, random_bits, several, write_model
 
@@ -125,6 +126,19 @@ def test_damage_is_noticed(tmp_path_factory: pytest.TempPathFactory, name: str, 
         return
     assert "\n" not in damage
     assert not list(out.iterdir())
+
+
+def test_names_that_are_no_text_are_damage(tmp_path: Path) -> None:
+    """Protobuf gives them as bytes."""
+    path = write_model(tmp_path, several())
+    pack_onnx(path, WANTED)
+    content = path.read_bytes()
+    graph = onnx.load(path, load_external_data=False).graph
+    for name in (graph.node[0].output[0].encode(), graph.initializer[0].name.encode()):
+        path.write_bytes(content.replace(name, bytes([name[0] | 0x80]) + name[1:]))
+        for read in (PackedWeights, OnnxWeights):
+            with pytest.raises(ModelError, match="is no text; export the model again"):
+                read(path)
 
 
 def edited(path: Path, edit: Callable[[Any], None]) -> Path:

@@ -34,9 +34,26 @@ def load_proto(model_path: Path) -> Any:
     except Exception as error:  # protobuf's error type differs between its implementations
         line = " ".join(str(error).split())[:200]
         raise ModelError(f"{model_path}: missing, truncated or not an ONNX file: {line}") from error
+    check_text(model_path, model)
     if not model.graph.node:
         raise ModelError(f"{model_path}: has no nodes; export the model again")
     return model
+
+
+def check_text(model_path: Path, message: Any) -> None:
+    """Refuse names that are no text: protobuf gives them as bytes, which are no name that anything else bears.
+
+    Raises:
+        ModelError: names the field.
+    """
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                check_text(model_path, part)
+        elif field.type == field.TYPE_STRING:
+            texts = [value] if isinstance(value, str | bytes) else value
+            if any(isinstance(text, bytes) for text in texts):
+                raise ModelError(f"{model_path}: damaged: {field.full_name} is no text; export the model again")
 
 
 def inner_nodes(model: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import MissingExtraError, ModelError
+from sparsify.exporters.onnx_packed_files import check_text
 from sparsify.exporters.onnx_packed_reader import PackedWeights, is_packed
 
 # onnx.TensorProto.DataType
@@ -84,6 +85,7 @@ class OnnxWeights:
             model = onnx.load(model_path, load_external_data=False)
         except Exception as error:  # protobuf's error type differs between its implementations
             raise ModelError(f"{model_path}: missing, truncated or not an ONNX file: {error}") from error
+        check_text(model_path, model)
         self._last: tuple[str, NDArray[Any]] | None = None
         self._packed: PackedWeights | None = None
         if is_packed(model):
