@@ -14,6 +14,7 @@ from sparsify.errors import UsageError
 from sparsify.format.packed import Packed, decode, encode, quantise
 from sparsify.kernels import native
 from sparsify.kernels.kernel import State
+from sparsify.kernels.linear import linear as product
 from sparsify.kernels.linear import operands
 from sparsify.types import NofM
 
@@ -71,7 +72,7 @@ def exact_weight(packed: Packed) -> torch.Tensor:
 
 
 def compare(state: State, packed: Packed, x: torch.Tensor, bias: torch.Tensor | None, way: str) -> None:
-    found = native.run_way(x, state.tensors, state.sizes, bias, way)
+    found = product(x, state.tensors, state.sizes, bias, way)
     assert (found.shape, found.dtype) == ((x.shape[0], packed.shape[0]), x.dtype)
     weight = exact_weight(packed)
     wanted = x.double() @ weight.T + (0 if bias is None else bias.double())
@@ -139,7 +140,7 @@ def test_rows_too_wide_for_sums_of_bytes() -> None:
     assert "vnni" not in native.ways(I8, BF16, 8, (1 << 20) + 64)
     x = torch.ones(8, wide, dtype=BF16)
     # A plan that says so all the same, as one for fewer columns does, goes another way.
-    found = native.run_way(x, state.tensors, state.sizes, None, "vnni<=1,amx")
+    found = product(x, state.tensors, state.sizes, None, "vnni<=1,amx")
     torch.testing.assert_close(found, torch.full((8, 2), float(wide), dtype=BF16))
 
 
@@ -151,7 +152,7 @@ def test_scales_and_steps_that_are_no_floats_together() -> None:
         x = torch.full((2, 4096), size)
         for way in ("vnni", "amx"):
             if way in native.ways(I8, F32, 2, 4096):
-                found = native.run_way(x, state.tensors, state.sizes, None, way)
+                found = product(x, state.tensors, state.sizes, None, way)
                 torch.testing.assert_close(found, torch.full((2, 3), 4096 * size * 1e31), rtol=1e-3, atol=0)
 
 
@@ -176,7 +177,7 @@ def test_empty_and_full_rows(values: torch.dtype, density: float) -> None:
 def every_way(packed: Packed, x: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     state = native.prepare_with(packed, native.SLICES)
     for way in native.ways(packed.values.dtype, x.dtype, x.shape[0], x.shape[1]):
-        yield way, native.run_way(x, state.tensors, state.sizes, None, way)
+        yield way, product(x, state.tensors, state.sizes, None, way)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
@@ -246,8 +247,8 @@ def test_tensors_may_lie_at_any_address(values: torch.dtype, threads: int) -> No
     for tokens in (1, 9, 40):
         x = torch.randn(tokens, 328, generator=torch.Generator().manual_seed(0)).to(x_dtype)
         for way in native.ways(values, x_dtype, tokens, 328):
-            straight = native.run_way(x, state.tensors, state.sizes, None, way)
-            assert torch.equal(straight, native.run_way(unaligned(x), moved.tensors, moved.sizes, None, way)), way
+            straight = product(x, state.tensors, state.sizes, None, way)
+            assert torch.equal(straight, product(unaligned(x), moved.tensors, moved.sizes, None, way)), way
 
 
 @pytest.mark.parametrize("values", [F32, BF16, I8], ids=str)
@@ -261,10 +262,10 @@ def test_threads_and_batches_do_not_change_a_bit(values: torch.dtype) -> None:
     try:
         for way in set(native.ways(values, x_dtype, 11, 776)) - {native.SLICES}:
             torch.set_num_threads(1)
-            alone = torch.cat([native.run_way(row, state.tensors, state.sizes, None, way) for row in x.unsqueeze(1)])
+            alone = torch.cat([product(row, state.tensors, state.sizes, None, way) for row in x.unsqueeze(1)])
             for n in (1, 2, 3):
                 torch.set_num_threads(n)
-                assert torch.equal(alone, native.run_way(x, state.tensors, state.sizes, None, way)), way
+                assert torch.equal(alone, product(x, state.tensors, state.sizes, None, way)), way
     finally:
         torch.set_num_threads(before)
 
@@ -365,11 +366,11 @@ def test_what_does_not_belong_together_is_refused() -> None:
     }
     for name, (inputs, tensors, bias) in changed.items():
         with pytest.raises(RuntimeError, match=name):
-            native.run_way(inputs, tensors, state.sizes, bias, "slices")
+            product(inputs, tensors, state.sizes, bias, "slices")
     with pytest.raises(ValueError, match="number of values"):
-        native.run_way(x, {**t, "values": t["values"][:-1]}, state.sizes, None, "slices")
+        product(x, {**t, "values": t["values"][:-1]}, state.sizes, None, "slices")
     with pytest.raises(ValueError, match="no such product"):
-        native.run_way(x, t, state.sizes, None, "vnni")
+        product(x, t, state.sizes, None, "vnni")
     half = encode(decode(packed).half())
     assert "float16" in str(native.native("slices").refuse(half))
     assert native.native("slices").absent(torch.device("cuda")) == "it runs on CPUs only"

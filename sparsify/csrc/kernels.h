@@ -75,9 +75,10 @@ void dense_bf16(const Product&, const Input&, int64_t begin, int64_t end);  // w
 // Rows [begin, end) of the weight, dense, as `type`: that of the values, or for int8 values also f32 and bf16.
 void expand_avx512(const Weight&, Type type, void* out, int64_t begin, int64_t end);
 
-// Whether `path` can compute the product on this machine.
 // Columns up to which int32 sums of products of bytes cannot overflow.
 constexpr int64_t kMostVnni = 1 << 20, kMostTiles = 1 << 16;
+
+// Whether `path` can compute the product on this machine.
 bool supports(Path path, const Product& product);
 
 // y of `product` by `path`, on up to `threads` threads of the caller's pool.

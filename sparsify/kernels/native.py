@@ -115,10 +115,6 @@ def plan_without_measurements(values: torch.dtype) -> str:
     return "avx512<=8,slices"
 
 
-# By one way, for measurements: a plan of one step.
-run_way = linear
-
-
 def multiply(x: torch.Tensor, weight: Operands, way: str) -> torch.Tensor:
     """``x @ weight.T + bias`` [..., out] by a compiled way or by ``slices``.
 

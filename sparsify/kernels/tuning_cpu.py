@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from sparsify.kernels import native
 from sparsify.kernels.kernel import State
+from sparsify.kernels.linear import linear as product
 from sparsify.kernels.table import DENSE, GATHER, LOOP, Entry, Times, last_level_cache_bytes
 from sparsify.kernels.tuning_request import Request, entry_of, random_packed, times_of
 from sparsify.progress import Progress
@@ -162,7 +163,7 @@ def _close(samples: Mapping[Which, Sequence[float]]) -> set[Which]:
 
 def _packed(x: torch.Tensor, subject: _Subject, way: str) -> Callable[[int], torch.Tensor]:
     copies, sizes = subject.copies, subject.state.sizes
-    return lambda i: native.run_way(x, copies[i], sizes, None, way)
+    return lambda i: product(x, copies[i], sizes, None, way)
 
 
 def _loop(x: torch.Tensor, dense: list[torch.Tensor]) -> Callable[[int], None]:
