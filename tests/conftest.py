@@ -16,17 +16,25 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 import transformers
 
 pytest.register_assert_rewrite("tests.problems", "tests.coupled", "tests.checkpoints", "tests.onnxruntime_artifacts")
-# The same examples in every run; others with --hypothesis-profile default.
-hypothesis.settings.register_profile("seeded", derandomize=True)
-hypothesis.settings.load_profile("seeded")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+def pytest_configure() -> None:
+    """Take the same examples in every run; others with ``--hypothesis-profile default``.
+
+    Not at import: tests_vllm takes models from this file, in an environment without hypothesis.
+    """
+    import hypothesis
+
+    hypothesis.settings.register_profile("seeded", derandomize=True)
+    hypothesis.settings.load_profile("seeded")
+
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "data/models/stories260k"
