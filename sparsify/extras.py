@@ -11,6 +11,8 @@ EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
     "gguf": ("gguf", "accelerate"),
     "datasets": ("datasets",),
+    "bench": ("matplotlib", "jinja2", "jsonschema"),
+    "eval": ("lm_eval",),
 }
 
 

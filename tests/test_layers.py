@@ -56,7 +56,8 @@ RANKS = [
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("session", "device", "interface", "execution", "cache")}
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("prefill", "decode", "engaged")},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
-    | {"sparsify.bench.zeroshot", "sparsify.bench.delivered", "sparsify.bench.engine_parity"},
+    | {"sparsify.bench.zeroshot", "sparsify.bench.delivered", "sparsify.bench.engine_parity"}
+    | {"sparsify.bench.records", "sparsify.bench.spread"},
     {"sparsify.onnx_packing"},
     {"sparsify.onnx_target", "sparsify.tensorrt_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},

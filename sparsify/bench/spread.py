@@ -1,0 +1,110 @@
+"""How samples spread, and when a difference may be claimed: pure functions of numbers.
+
+A difference is claimed by paired ratios, one for each round: the interval of their median by the sign test (an order
+statistic on either side, distribution-free) must not meet the interval of the baseline against itself, measured twice
+in the same rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from typing import Any, Literal
+
+CONFIDENCE = 0.95
+# A percentile needs samples beyond it: below these counts it would be the largest sample by another name.
+_ENOUGH = {"p90": 10, "p99": 100}
+
+Claim = Literal["faster", "slower", "no difference shown", "too few rounds"]
+
+
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, extremes, n, and the percentiles that n samples can tell (else None); as in the schema's ``spread``.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("no samples")
+    ordered = sorted(samples)
+    found: dict[str, Any] = {
+        "median": statistics.median(ordered), "min": ordered[0], "max": ordered[-1], "n": len(ordered)
+    }  # fmt: skip
+    for name, enough in _ENOUGH.items():
+        found[name] = percentile(ordered, int(name[1:]) / 100) if len(ordered) >= enough else None
+    return found
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The sample below or at which ``share`` of all lie, linearly interpolated between neighbours."""
+    ordered = sorted(samples)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The narrowest pair of order statistics that holds the median with ``CONFIDENCE``; None where n is too small.
+
+    The sign test: the k smallest and k largest of n are left out with P(Binomial(n, 1/2) < k) at most
+    (1 - ``CONFIDENCE``) / 2. Six samples are the fewest.
+    """
+    n, ordered = len(samples), sorted(samples)
+    below, dropped = 0.0, 0
+    while dropped < n and (below := below + comb(n, dropped) / 2**n) <= (1 - CONFIDENCE) / 2:
+        dropped += 1
+    return (ordered[dropped - 1], ordered[n - dropped]) if dropped else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against its baseline: ratios above 1 mean that the candidate is better.
+
+    Attributes:
+        ratio: median of the paired ratios.
+        low, high: interval of that median; None with too few rounds.
+        noise_low, noise_high: the same of the baseline against itself.
+        n: rounds.
+        claim: what may be said.
+    """
+
+    ratio: float
+    low: float | None
+    high: float | None
+    noise_low: float | None
+    noise_high: float | None
+    n: int
+    claim: Claim
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+def compare(ratios: Sequence[float], noise: Sequence[float]) -> Comparison:
+    """What paired ``ratios`` (baseline time / candidate time, or candidate rate / baseline rate) may claim.
+
+    Args:
+        ratios: one for each round.
+        noise: of the baseline's second run to its first, one for each round; their order means nothing, so the
+            interval is made symmetric about 1 in ratio.
+
+    Raises:
+        ValueError: no ratios, or one that is not positive.
+    """
+    if not ratios or min(ratios) <= 0 or (noise and min(noise) <= 0):
+        raise ValueError("ratios must be positive, and at least one is needed")
+    middle, inner = statistics.median(ratios), median_interval(ratios)
+    outer = median_interval(noise)
+    if inner is None or outer is None:
+        return Comparison(middle, None, None, None, None, len(ratios), "too few rounds")
+    reach = max(outer[1], 1 / outer[0], 1.0)
+    claim: Claim = "no difference shown"
+    if inner[0] > reach:
+        claim = "faster"
+    elif inner[1] < 1 / reach:
+        claim = "slower"
+    return Comparison(middle, *inner, 1 / reach, reach, len(ratios), claim)
