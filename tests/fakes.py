@@ -6,6 +6,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsify.runtimes.session import Stream
+
 Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
@@ -24,6 +26,9 @@ class FakeSession:
 
     def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         return self.of(ids)
+
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        raise AssertionError("measurements of logits generate nothing")
 
     def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
         raise AssertionError("measurements of logits generate nothing")

@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import pytest
 import torch
 
 from sparsify.bench.engine_parity import check_engine
-from sparsify.errors import UsageError, VerificationError
+from sparsify.errors import DataError, UsageError, VerificationError
 from sparsify.exporters.tensorrt_api import TensorRt
 from sparsify.exporters.tensorrt_header import write_header
 from sparsify.exporters.tensorrt_options import EngineOptions
 from sparsify.runtimes import tensorrt_decode, tensorrt_execution, tensorrt_interface
 from sparsify.runtimes.onnxruntime_session import OnnxRuntimeSession
+from sparsify.runtimes.session import collect
 from sparsify.runtimes.tensorrt_cache import ALIGNMENT_BYTES, Buffers
 from sparsify.runtimes.tensorrt_device import Device
 from sparsify.runtimes.tensorrt_interface import Interface, Limits
@@ -71,6 +73,56 @@ def test_generation_is_that_of_onnx_runtime(llama: tuple[Path, Path], tmp_path: 
     ids = random_ids(2, 24)
     with open_engine(tmp_path / "engine") as session, OnnxRuntimeSession(llama[1]) as reference:
         np.testing.assert_array_equal(session.generate(ids, 60), reference.generate(ids, 60))
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["bucketed", "growing"])
+def test_a_stream_gives_a_token_a_row_and_step(
+    llama: tuple[Path, Path], tmp_path: Path, cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_decode, "SMALLEST_BUCKET", 8)
+    build(tmp_path / "engine", llama[1])
+    with (
+        open_engine(tmp_path / "engine", cuda_graphs=cuda_graphs) as session,
+        TorchSession(llama[0]) as reference,
+    ):
+        for batch, n in [(1, 1), (1, 2), (1, 30), (3, 30)]:
+            ids = random_ids(batch, 6)
+            steps = list(session.stream(ids, n))
+            assert [[len(tokens) for tokens in step] for step in steps] == [[1] * batch] * n
+            np.testing.assert_array_equal(collect(steps, batch, n), reference.generate(ids, n))
+        # One that is closed leaves the session as it was.
+        want = session.generate(ids, 20)
+        for n in (1, 2, 3):
+            stream = session.stream(ids, 20)
+            assert [next(stream) for _ in range(n)] == [want[:, i, None].tolist() for i in range(n)]
+            stream.close()
+            np.testing.assert_array_equal(session.generate(ids, 20), want)
+
+
+def test_a_stream_does_not_go_on_with_what_another_call_left(llama: tuple[Path, Path], tmp_path: Path) -> None:
+    build(tmp_path / "engine", llama[1])
+    ids = random_ids(2, 6)
+    session = open_engine(tmp_path / "engine")
+    calls: list[Callable[[], object]] = [
+        lambda: session.generate(ids, 1),
+        lambda: session.logits(ids),
+        lambda: session.__exit__(),
+    ]
+    for call in calls:
+        stream = session.stream(ids, 20)
+        next(stream)
+        call()
+        with pytest.raises(RuntimeError, match="asked something else"):
+            list(stream)
+    for given, n, error, word in [
+        (ids[:, :0], 1, DataError, "nothing to run"),
+        (ids, 0, DataError, "n is 0"),
+        (ids, 200, UsageError, "total=206"),
+        (ids, 1, RuntimeError, "closed"),
+    ]:
+        stream = session.stream(given, n)
+        with pytest.raises(error, match=word):
+            next(stream)
 
 
 def test_logits_with_padding(family: tuple[Path, Path], tmp_path: Path) -> None:

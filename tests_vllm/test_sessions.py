@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
 from sparsify.bench.perplexity import perplexity
-from sparsify.errors import MissingExtraError, ModelError, UsageError
+from sparsify.errors import DataError, MissingExtraError, ModelError, UsageError
+from sparsify.runtimes.session import collect
 from sparsify.runtimes.torch_session import TorchSession
 from sparsify.runtimes.vllm_server import VllmServer, _free_port, _groups
 from sparsify.runtimes.vllm_session import VllmSession
@@ -169,7 +170,6 @@ def test_served_answers_are_the_offline_ones(served: Served, offline: VllmSessio
     assert server.name == f"{offline.name} server"
     assert server.vocab_size == offline.vocab_size == 512
     assert np.array_equal(server.generate(ids[:, :100], 24), offline.generate(ids[:, :100], 24))
-    assert list(server.stream(ids[:1, :100], 24)) == server.generate(ids[:1, :100], 24)[0].tolist()
     # All 512 positions that the model has, in a prompt and in what follows one.
     theirs, ours = server.prompt_logprobs(ids), offline.prompt_logprobs(ids)
     assert theirs.shape == ours.shape == (4, 511)
@@ -180,6 +180,61 @@ def test_served_answers_are_the_offline_ones(served: Served, offline: VllmSessio
     assert set(server.engaged().values()) == {"packed"}
     sizes = server.weights()["packed"]
     assert sizes["resident_bytes"] < 0.57 * sizes["dense_bytes"]
+
+
+def test_what_is_generated_is_scored_as_greedy(served: Served, offline: VllmSession, ids: NDArray[np.int64]) -> None:
+    for session in (served.session, offline):
+        text = np.concatenate([ids[:, :60], session.generate(ids[:, :60], 24)], axis=1)
+        logprobs, greedy = session.prompt_scores(text)
+        assert greedy[:, -24:].all()
+        assert not greedy[:, :59].all()
+        np.testing.assert_array_equal(logprobs, session.prompt_logprobs(text))
+        text[:, -1] = (text[:, -1] + 1) % 512
+        assert not session.prompt_scores(text)[1][:, -1].any()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_streams_give_what_generate_gives(
+    served: Served, offline: VllmSession, ids: NDArray[np.int64], batch: int
+) -> None:
+    prompts = ids[:batch, :100]
+    want = offline.generate(prompts, 24)
+    for session in (served.session, offline):
+        steps = list(session.stream(prompts, 24))
+        assert all(any(step) for step in steps)
+        assert np.array_equal(collect(steps, batch, 24), want)
+        # As they come, not at the end.
+        assert len(steps) >= 12
+
+
+def test_a_stream_of_the_engine_can_be_left_and_taken_over(
+    offline: VllmSession, pruned: tuple[Path, Path], ids: NDArray[np.int64]
+) -> None:
+    assert offline._llm is not None
+    engine = offline._llm.llm_engine
+    want = offline.generate(ids[:3, :64], 16)
+    stream = offline.stream(ids[:3, :64], 400)
+    first = [next(stream) for _ in range(3)]
+    assert engine.get_num_unfinished_requests() == 3
+    stream.close()
+    assert engine.get_num_unfinished_requests() == 0
+    assert np.array_equal(collect(first, 3, 3), want[:, :3])
+    calls: list[Callable[[], NDArray[np.int64]]] = [
+        lambda: offline.generate(ids[:3, :64], 16),
+        lambda: collect(offline.stream(ids[:3, :64], 16), 3, 16),
+    ]
+    for call in calls:
+        stream = offline.stream(ids[:1], 1)
+        assert len(list(stream)) == 1
+        stream = offline.stream(ids[:2, :64], 400)
+        next(stream)
+        assert np.array_equal(call(), want)
+        with pytest.raises(RuntimeError, match="asked something else"):
+            next(stream)
+        assert engine.get_num_unfinished_requests() == 0
+    for given, n, word in ((ids[0], 1, "rank 1"), (ids, 0, "n is 0"), (ids, 2, "max_length is 512")):
+        with pytest.raises(DataError, match=word):
+            next(offline.stream(given, n))
 
 
 def test_stories_as_in_transformers(offline: VllmSession, pruned: tuple[Path, Path], ids: NDArray[np.int64]) -> None:
@@ -205,7 +260,7 @@ def test_64_requests_at_once_are_answered_as_one_by_one(served: Served, ids: NDA
 
 def test_a_cancelled_request_leaves_the_server_healthy(served: Served, ids: NDArray[np.int64]) -> None:
     before = served.session.generate(ids[:1, :16], 8)
-    streams = [served.session.stream(ids[i : i + 1, :100], 400) for i in range(4)]
+    streams = [served.session.stream(ids[: i + 1, :100], 400) for i in range(4)]
     for stream in streams:
         next(stream)
         stream.close()
@@ -271,7 +326,15 @@ def test_sessions_beside_and_after_each_other(
             name: value for name, value in before.items() if "VLLM" in name or "OMP" in name
         }
         assert np.array_equal(second.generate(ids[:2, :64], 16), want)
+        stream = second.stream(ids[:2, :64], 400)
+        assert np.array_equal(collect([next(stream) for _ in range(5)], 2, 5), want[:, :5])
+        stream.close()
+        assert np.array_equal(collect(second.stream(ids[:2, :64], 16), 2, 16), want)
+        stream = second.stream(ids[:2, :64], 400)
+        next(stream)
         np.testing.assert_allclose(second.prompt_logprobs(ids), offline.prompt_logprobs(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="closed or asked"):
+        next(stream)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     with VllmSession(pruned[0], dtype="float32") as third:
         assert np.array_equal(third.generate(ids[:2, :64], 16), want)

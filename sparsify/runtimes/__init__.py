@@ -17,7 +17,10 @@ RUNTIMES = (AUTO, "torch", "onnxruntime", "onnxruntime-genai", "tensorrt", "vllm
 _OPTIONS = {
     "dtype": ("torch", "vllm", "vllm-server"),
     "kernel": ("torch", "vllm", "vllm-server"),
+    "device": ("torch",),
     "tensor_parallel": ("vllm", "vllm-server"),
+    "eager": ("vllm", "vllm-server"),
+    "max_batch": ("vllm", "vllm-server"),
     "python": ("vllm-server",),
     "provider": ("onnxruntime", "onnxruntime-genai"),
     "threads": ("onnxruntime", "onnxruntime-genai"),
@@ -37,7 +40,10 @@ class Runtime:
             checkpoint vLLM where it is installed; else PyTorch.
         dtype: of weights and arithmetic; None is float32 in PyTorch and bfloat16, which is served, in vLLM.
         kernel: what is to multiply by sparse weights in PyTorch and vLLM; None is ``auto``.
+        device: torch: where it runs.
         tensor_parallel: vLLM: ranks that share the model.
+        eager: vLLM: no torch.compile and no CUDA graphs.
+        max_batch: vLLM: sequences in flight.
         python: vllm-server: interpreter of the environment that has vLLM; None is this one.
         max_length: longest sequence in tokens, for vLLM and ONNX Runtime's TensorRT provider, which plan for it; None
             is what the model has positions for, up to 2048.
@@ -63,6 +69,9 @@ class Runtime:
     trust_engine: bool = False
     cuda_graphs: bool = True
     weight_budget: int | None = None
+    device: str = "cpu"
+    eager: bool = True
+    max_batch: int = 8
 
     def resolve(self, path: Path) -> str:
         """The runtime that opens ``path``.
@@ -137,7 +146,10 @@ def open_session(path: Path, runtime: Runtime | None = None, *, trust_remote_cod
         from sparsify.runtimes.torch_session import TorchSession
 
         kernel = runtime.kernel or AUTO
-        return TorchSession(path, dtype=runtime.dtype or "float32", kernel=kernel, trust_remote_code=trust_remote_code)
+        dtype = runtime.dtype or "float32"
+        return TorchSession(
+            path, dtype=dtype, device=runtime.device, kernel=kernel, trust_remote_code=trust_remote_code
+        )
     if trust_remote_code:
         raise UsageError(f"runtime {name}: a model's own code is not run there; leave --trust-remote-code out")
     from sparsify.runtimes.vllm_server import VllmServer
@@ -148,6 +160,8 @@ def open_session(path: Path, runtime: Runtime | None = None, *, trust_remote_cod
         "tensor_parallel": runtime.tensor_parallel,
         "kernel": runtime.kernel,
         "max_length": runtime.max_length,
+        "eager": runtime.eager,
+        "max_batch": runtime.max_batch,
     }
     if name == "vllm":
         return VllmSession(path, **options)

@@ -15,7 +15,7 @@ from sparsify.runtimes.onnxruntime_errors import load_error, run_error
 from sparsify.runtimes.onnxruntime_graph import read_graph
 from sparsify.runtimes.onnxruntime_interface import read_genai
 from sparsify.runtimes.onnxruntime_settings import CPU, CUDA
-from sparsify.runtimes.session import check_count, check_ids, check_mask
+from sparsify.runtimes.session import Stream, check_count, check_ids, check_mask, collect
 
 _NAMES = {"cpu": CPU, "cuda": CUDA}
 
@@ -118,17 +118,23 @@ class GenaiSession:
             row[kept] = self._generator(tokens[kept], 0).get_output("logits")[0]
         return values
 
-    def stream(self, ids: NDArray[np.int64], n: int) -> Iterator[int]:
-        """The next ``n`` tokens of ids [1, length] int64, greedily, each as soon as it is known.
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """See ``Session.stream``; all tokens of a row come before the first of the next.
 
         Raises:
-            DataError: as ``Session.generate``, or more than one row.
+            DataError: as there, or the model has not room for so many tokens.
         """
         check_ids(ids, self.vocab_size)
         check_count(n)
-        if ids.shape[0] != 1:
-            raise DataError(f"token ids: a stream takes one sequence, got {ids.shape[0]}")
-        generator = self._generator(ids[0], n - 1)
+        for row, tokens in enumerate(ids):
+            for token in self._row(tokens, n):
+                step: list[list[int]] = [[] for _ in ids]
+                step[row].append(token)
+                yield step
+
+    def _row(self, ids: NDArray[np.int64], n: int) -> Iterator[int]:
+        """The tokens that follow ids [length]."""
+        generator = self._generator(ids, n - 1)
         for i in range(n):
             token = int(generator.get_logits()[0, -1].argmax())
             yield token
@@ -136,13 +142,11 @@ class GenaiSession:
                 try:
                     generator.append_tokens(np.array([token], dtype=np.int32))
                 except Exception as error:
-                    raise run_error(self.path, (1, ids.shape[1] + i), error) from error
+                    raise run_error(self.path, (1, len(ids) + i), error) from error
 
     def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """See ``Session.generate``."""
-        check_ids(ids, self.vocab_size)
-        check_count(n)
-        return np.array([list(self.stream(row[None], n)) for row in ids], dtype=np.int64)
+        """See ``Session.generate``; errors as ``stream``."""
+        return collect(self.stream(ids, n), len(ids), n)
 
     def engaged(self) -> dict[str, str]:
         """As ``OnnxRuntimeSession.engaged``: onnxruntime-genai runs the same graph in ONNX Runtime."""

@@ -22,7 +22,7 @@ from sparsify.runtimes.onnxruntime_interface import read_interface
 from sparsify.runtimes.onnxruntime_providers import start
 from sparsify.runtimes.onnxruntime_settings import CPU, TENSORRT, OrtSettings
 from sparsify.runtimes.onnxruntime_source import open_source
-from sparsify.runtimes.session import check_count, check_ids, check_mask, positions
+from sparsify.runtimes.session import Stream, check_count, check_ids, check_mask, collect, positions
 
 
 class OnnxRuntimeSession:
@@ -151,8 +151,8 @@ class OnnxRuntimeSession:
         np.put_along_axis(placed, order[:, :, None], values, axis=1)
         return placed
 
-    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """See ``Session.generate``.
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """See ``Session.stream``.
 
         Raises:
             DataError: as there, or the model has not room for so many tokens.
@@ -161,7 +161,6 @@ class OnnxRuntimeSession:
         check_count(n)
         batch, length = ids.shape
         self._check_room(batch, length + n - 1)
-        made = np.empty((batch, n), dtype=np.int64)
         past = self.empty_past(batch, length + n)
         mask = np.ones((batch, length + n), dtype=np.int64)
         places = positions(mask)
@@ -175,8 +174,12 @@ class OnnxRuntimeSession:
             stop = length + i
             logits, past = self._step(step, mask[:, :stop], places[:, start:stop], past)
             step = logits[:, -1].argmax(axis=-1)[:, None]
-            made[:, i], start = step[:, 0], stop
-        return made
+            start = stop
+            yield step.tolist()
+
+    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        """See ``Session.generate``; errors as ``stream``."""
+        return collect(self.stream(ids, n), len(ids), n)
 
     def _check_room(self, batch: int, length: int) -> None:
         if self.context is not None and length > self.context:

@@ -3,12 +3,16 @@
 A session is for evaluation, not for serving: outputs are fresh arrays the caller owns, and inputs are checked.
 """
 
+from collections.abc import Generator, Iterable
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import DataError
+
+# Of each step, per row the tokens that came with it.
+Stream = Generator[list[list[int]], None, None]
 
 
 class Session(Protocol):
@@ -35,11 +39,27 @@ class Session(Protocol):
         """
         ...
 
-    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """The next ``n`` tokens [batch, n] int64, greedily, with a key/value cache; nothing stops it early.
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """The next ``n`` tokens of every row of ids [batch, length], greedily, with a key/value cache, as they come.
+
+        Each item holds, per row, the tokens that came with this step: none where another row's came, several where a
+        step makes several, but at least one in all. They are on the host, so that a clock read now is right. Nothing
+        stops a row before its ``n`` tokens.
+
+        Nothing is checked, run or held before the first item is asked for, and closing the stream early frees what it
+        holds and ends what is under way. Until it is over or closed, nothing else should be asked of the session:
+        where generations share memory, the stream that was interrupted raises RuntimeError.
 
         Raises:
-            DataError: as ``logits``, or ``n`` is below 1.
+            DataError: as ``logits``, or ``n`` is below 1; when the first item is asked for.
+        """
+        ...
+
+    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        """What ``stream`` gives, all at once: the next ``n`` tokens [batch, n] int64.
+
+        Raises:
+            DataError: as ``stream``.
         """
         ...
 
@@ -84,6 +104,15 @@ def positions(mask: NDArray[np.int64]) -> NDArray[np.int64]:
     """Position of each token of a mask [batch, length]: padding does not count, and padded places get 0 or a repeat."""
     counted: NDArray[np.int64] = np.maximum(np.cumsum(mask, axis=1, dtype=np.int64) - 1, 0)
     return counted
+
+
+def collect(stream: Iterable[list[list[int]]], batch: int, n: int) -> NDArray[np.int64]:
+    """The tokens [batch, n] int64 of a ``Session.stream`` of as many rows and tokens."""
+    made: list[list[int]] = [[] for _ in range(batch)]
+    for step in stream:
+        for row, tokens in zip(made, step, strict=True):
+            row += tokens
+    return np.array(made, dtype=np.int64).reshape(batch, n)
 
 
 def check_count(n: int) -> None:

@@ -56,8 +56,6 @@ class Buffers:
     Attributes:
         groups: the cache.
         ids, mask, positions, logits: flat, for the profiles' maxima.
-        made: [batch, tokens] int64, what was generated.
-        count: [1] int64, how many tokens of ``made`` are filled.
         slot: [1] int64, where the cache entry of the next token goes.
     """
 
@@ -69,8 +67,7 @@ class Buffers:
         self.mask = device.zeros(batch * widest, dtypes["attention_mask"])
         self.positions = device.zeros(batch * prompt, dtypes.get("position_ids", torch.int64))
         self.logits = device.zeros(batch * prompt * interface.vocab_size, dtypes["logits"])
-        self.made = device.zeros(batch * tokens, torch.int64).view(batch, tokens)
-        self.count, self.slot = device.zeros(1, torch.int64), device.zeros(1, torch.int64)
+        self.slot = device.zeros(1, torch.int64)
         self.staging = {
             "ids": device.staging(self.ids.numel(), self.ids.dtype),
             "mask": device.staging(self.mask.numel(), self.mask.dtype),
@@ -90,6 +87,6 @@ class Buffers:
     @property
     def device_bytes(self) -> int:
         """Bytes allocated on the device."""
-        flat = [self.ids, self.mask, self.positions, self.logits, self.made, self.count, self.slot]
+        flat = [self.ids, self.mask, self.positions, self.logits, self.slot]
         flat += [half for group in self.groups for half in group.halves]
         return sum(tensor.nbytes for tensor in flat)

@@ -1,8 +1,8 @@
 """Decoding steps that leave nothing to the host: the next token, its position and its cache entry stay on the device.
 
 What a step does besides the engine's own work is enqueued behind it on the same stream: the largest logit's index
-becomes the next input and is noted in ``made``. So no step waits for the host, and a step whose shapes stay the same
-can be captured as a CUDA graph. There are two ways to hold the cache:
+becomes the next input, in ``ids``. So no step waits for the host, and a step whose shapes stay the same can be captured
+as a CUDA graph. There are two ways to hold the cache:
 
 ``Growing``: past and present swap after each step and grow by a token. Nothing is copied, but every step has shapes of
 its own.
@@ -86,13 +86,10 @@ class Decoder:
     def close(self) -> None:
         """Let go of contexts and graphs now, in time for the engine to go after them."""
 
-    def _note(self, batch: int) -> None:
+    def _advance(self, batch: int) -> None:
         buffers = self._buffers
         width = self._interface.vocab_size
-        token = buffers.logits[: batch * width].view(batch, width).argmax(dim=-1)
-        buffers.ids[:batch].copy_(token)
-        buffers.made[:batch].index_copy_(1, buffers.count, token[:, None])
-        buffers.count.add_(1)
+        buffers.ids[:batch].copy_(buffers.logits[: batch * width].view(batch, width).argmax(dim=-1))
         buffers.positions[:batch].add_(1)
 
 
@@ -115,7 +112,7 @@ class Growing(Decoder):
         self._bind(self._execution, batch, length, (self._past_half, 1 - self._past_half))
         self._execution.run()
         self._past_half = 1 - self._past_half
-        self._note(batch)
+        self._advance(batch)
 
 
 class _Bucket:
@@ -228,7 +225,7 @@ class Bucketed(Decoder):
 
     def _work(self, execution: Execution, batch: int, size: int) -> None:
         execution.run()
-        self._note(batch)
+        self._advance(batch)
         buffers, mask = self._buffers, self._mask(batch, size)
         for group in buffers.groups:
             past, present = group.view(0, batch, size), group.view(1, batch, size + 1)

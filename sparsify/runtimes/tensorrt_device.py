@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,6 +100,25 @@ class Device:
             line = str(error).splitlines()[0][:200]
             raise SparsifyError(f"{what}: cannot be captured as a CUDA graph; {WITHOUT_GRAPHS}: {line}") from error
         return graph.replay
+
+    def fetch(self, source: torch.Tensor) -> Callable[[], Any]:
+        """Enqueue a copy of ``source`` to the host; what comes back waits for it, and for nothing later, and lists it.
+
+        To be called in ``scope``.
+        """
+        if self._stream is None:
+            values = source.tolist()
+            return lambda: values
+        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        host.copy_(source, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(self._stream)
+
+        def arrive() -> Any:
+            copied.synchronize()
+            return host.tolist()
+
+        return arrive
 
     def free_bytes(self) -> int:
         """Memory of the device that nobody has allocated; without bound on a CPU, which stands in for one."""

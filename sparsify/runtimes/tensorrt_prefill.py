@@ -54,9 +54,6 @@ def prefill(
 
 
 def first_token(buffers: Buffers, logits: torch.Tensor) -> None:
-    """Make the maxima of the last row of ``logits`` [batch, length, vocab] the first generated tokens."""
+    """Make the maxima of the last row of ``logits`` [batch, length, vocab] the first generated tokens, in ``ids``."""
     token = logits[:, -1].argmax(dim=-1)
-    batch = token.shape[0]
-    buffers.ids[:batch].copy_(token)
-    buffers.made[:batch, 0].copy_(token)
-    buffers.count.fill_(1)
+    buffers.ids[: token.shape[0]].copy_(token)

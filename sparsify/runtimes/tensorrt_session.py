@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from sparsify.exporters.tensorrt_header import EngineHeader, check, read_header
 from sparsify.exporters.tensorrt_log import BuildLog
 from sparsify.exporters.tensorrt_trust import load_plan
 from sparsify.files import read_json, sha256_file
-from sparsify.runtimes.session import check_count, check_ids, check_mask, positions
+from sparsify.runtimes.session import Stream, check_count, check_ids, check_mask, collect, positions
 from sparsify.runtimes.tensorrt_cache import Buffers
 from sparsify.runtimes.tensorrt_decode import Bucketed, Growing, order_is_free
 from sparsify.runtimes.tensorrt_device import Device
@@ -31,8 +32,8 @@ class TensorRtSession:
 
     Weights, activations, inputs, logits and key/value cache are allocated when the session opens, for the largest
     request that the engine's profiles allow. Contexts and CUDA graphs are made when a batch and length first need them,
-    and torch takes memory for copies and maxima. Cache and generated tokens stay on the device until a generation is
-    over.
+    and torch takes memory for copies and maxima. The cache stays on the device; a generation's tokens come back one by
+    one, while the next step runs.
 
     Args:
         path: artifact folder.
@@ -100,6 +101,8 @@ class TensorRtSession:
                 else Growing(*common)
             )
         self._header = header
+        # Counts prompts, each of which takes the buffers from the stream before, and the end of the session.
+        self._turn = 0
         self.vocab_size = self._interface.vocab_size
         graphs = " CUDA graphs" if cuda_graphs and self._device.is_cuda else ""
         streams = f", {streamed / 1e6:.0f} MB of weights in host memory" if streamed else ""
@@ -111,6 +114,7 @@ class TensorRtSession:
     def __exit__(self, *exception: object) -> None:
         if self._decoder is None:
             return
+        self._turn += 1
         self._device.synchronize()
         self._decoder.close()
         # Contexts before the engine, the engine before the runtime.
@@ -131,6 +135,7 @@ class TensorRtSession:
         """Logits of the prompt on the device, in the session's own buffer."""
         _, buffers = self._opened()
         assert self._prefill is not None
+        self._turn += 1
         return prefill(self._prefill, self._interface, buffers, ids, mask, positions(mask))
 
     def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
@@ -147,26 +152,51 @@ class TensorRtSession:
             values: NDArray[np.float32] = self._run_prompt(ids, mask).to("cpu", copy=True).float().numpy()
         return values
 
-    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """See ``Session.generate``; only the tokens come back from the device, at the end.
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """See ``Session.stream``; from the second token on, the step that follows is enqueued before one is waited for.
 
         Raises:
+            DataError: as there.
             UsageError: larger than the engine's profiles.
+            RuntimeError: the session was closed or asked something else meanwhile.
         """
         check_ids(ids, self.vocab_size)
         check_count(n)
         batch, length = ids.shape
         self.limits.check(self.path, batch, length, n)
+        waiting = [self._enqueue_prompt(ids)]
+        turn = self._turn
+        # Before anything follows: the first token's time is the prompt's, and to begin takes the host a while.
+        yield waiting.pop()()
+        for cached in range(length, length + n - 1):
+            if self._turn != turn:
+                raise RuntimeError("the session was closed or asked something else before this stream was over")
+            waiting.append(self._enqueue(batch, cached, begin=cached == length))
+            if len(waiting) > 1:
+                yield waiting.pop(0)()
+        for arrive in waiting:
+            yield arrive()
+
+    def _enqueue_prompt(self, ids: NDArray[np.int64]) -> Callable[[], list[list[int]]]:
+        """The first step; what comes back waits for its tokens."""
+        _, buffers = self._opened()
+        with self._device.scope(str(self.path)):
+            first_token(buffers, self._run_prompt(ids, np.ones_like(ids)))
+            return self._device.fetch(buffers.ids[: len(ids), None])
+
+    def _enqueue(self, batch: int, cached: int, *, begin: bool) -> Callable[[], list[list[int]]]:
+        """The step after ``cached`` tokens; what comes back waits for its tokens."""
         _, buffers = self._opened()
         assert self._decoder is not None
         with self._device.scope(str(self.path)):
-            first_token(buffers, self._run_prompt(ids, np.ones_like(ids)))
-            if n > 1:
-                self._decoder.begin(batch, length)
-                for cached in range(length, length + n - 1):
-                    self._decoder.step(batch, cached)
-            made: NDArray[np.int64] = buffers.made[:batch, :n].to("cpu", copy=True).numpy()
-        return made
+            if begin:
+                self._decoder.begin(batch, cached)
+            self._decoder.step(batch, cached)
+            return self._device.fetch(buffers.ids[:batch, None])
+
+    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        """See ``Session.generate``; errors as ``stream``."""
+        return collect(self.stream(ids, n), len(ids), n)
 
     def engaged(self) -> dict[str, str]:
         """Per linear ``sparse in PROFILE (TACTIC)``, ``dense``, or ``unknown (WHY)``.

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import UsageError
-from sparsify.runtimes.session import check_count, check_ids, check_mask, positions
+from sparsify.runtimes.session import Stream, check_count, check_ids, check_mask, collect, positions
 
 
 class TorchSession:
@@ -83,19 +83,22 @@ class TorchSession:
         values: NDArray[np.float32] = output.float().cpu().numpy()
         return values
 
-    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """See ``Session.generate``."""
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """See ``Session.stream``."""
         check_ids(ids, self.vocab_size)
         check_count(n)
-        made = np.empty((ids.shape[0], n), dtype=np.int64)
         last = {"logits_to_keep": 1} if self._takes_last else {}
         step, past = ids, None
         for i in range(n):
             mask = np.ones((ids.shape[0], ids.shape[1] + i), dtype=np.int64)
             output = self._forward(step, mask, use_cache=True, past_key_values=past, **last)
             step = output.logits[:, -1].argmax(dim=-1, keepdim=True).cpu().numpy()
-            made[:, i], past = step[:, 0], output.past_key_values
-        return made
+            past = output.past_key_values
+            yield step.tolist()
+
+    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+        """See ``Session.generate``."""
+        return collect(self.stream(ids, n), len(ids), n)
 
     def engaged(self) -> dict[str, str]:
         """See ``sparsify.compress.engaged``."""

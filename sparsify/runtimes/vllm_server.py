@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import DataError, MissingExtraError, ModelError, UsageError
-from sparsify.runtimes.vllm_settings import INSTALL, VllmRuntime, cause, check_settings, read_report
+from sparsify.runtimes.session import Stream
+from sparsify.runtimes.vllm_http import Client, RefusedError
+from sparsify.runtimes.vllm_runtime import LISTED, Completion, VllmRuntime, pick
+from sparsify.runtimes.vllm_settings import INSTALL, cause, check_settings, read_report
 
 # How long a server that was asked to stop may take before its processes are killed.
 GRACE_S = 15.0
@@ -94,6 +97,7 @@ class VllmServer(VllmRuntime):
             raise UsageError(f"python {str(python)!r}: no such program")
         self.host, self.port = host, _free_port(host, port)
         self.request_timeout_s = request_timeout_s
+        self._client = Client(host, self.port, request_timeout_s)
         self.name = "vllm server"
         self._failed = False
         self._watch: subprocess.Popen[bytes] | None = None
@@ -150,14 +154,14 @@ class VllmServer(VllmRuntime):
 
     def _healthy(self) -> bool:
         try:
-            with closing(http.client.HTTPConnection(self.host, self.port, timeout=5)) as connection:
-                connection.request("GET", "/health")
-                return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
+            Client(self.host, self.port, 5).ask("GET", "/health")
+        except (OSError, http.client.HTTPException, RefusedError):
             return False
+        return True
 
-    def _open(self, method: str, route: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
-        """The response to a request, its status 200; closing it closes the connection.
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Raise what goes wrong with a request as one of our errors.
 
         Raises:
             DataError: the server refuses the request.
@@ -165,84 +169,59 @@ class VllmServer(VllmRuntime):
         """
         if self._process.poll() is not None:
             raise self._failure("the server is not running")
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.request_timeout_s)
         try:
-            headers = {"Content-Type": "application/json", "Connection": "close"}
-            connection.request(method, route, None if body is None else json.dumps(body), headers)
-            response = connection.getresponse()
-            if response.status == 200:
-                return response
-            status, told = response.status, _message(response.read())
+            yield
+        except RefusedError as error:
+            status, told = error.status, error.told
+            if status == 400:
+                raise DataError(f"{self.name}: refuses the request: {told}") from error
+            if status == 404:
+                raise ModelError(
+                    f"{self.name}: port {self.port} is answered by another server; choose another port"
+                ) from error
+            raise self._failure(f"the server answered {status}" + (f" ({told})" if cause(told) else "")) from error
         except TimeoutError as error:
-            connection.close()
-            raise self._silent() from error
+            raise self._failure(f"the server said nothing for {self.request_timeout_s:g} s", 0) from error
         except (OSError, http.client.HTTPException) as error:
-            connection.close()
             raise self._failure("the server died during a request") from error
-        connection.close()
-        if status == 400:
-            raise DataError(f"{self.name}: refuses the request: {told}")
-        if status == 404:
-            raise ModelError(f"{self.name}: port {self.port} is answered by another server; choose another port")
-        raise self._failure(f"the server answered {status}" + (f" ({told})" if cause(told) else ""))
+        except (ValueError, LookupError) as error:
+            raise self._failure("the server failed during a request") from error
 
     def _request(self, method: str, route: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        response = self._open(method, route, body)
-        try:
-            with closing(response):
-                answer = json.loads(response.read())
-        except TimeoutError as error:
-            raise self._silent() from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._failure("the server died during a request") from error
+        with self._failures():
+            answer = json.loads(self._client.ask(method, route, body))
         return answer if isinstance(answer, dict) else {}
 
     def _body(self, ids: list[Any], n: int, **more: Any) -> dict[str, Any]:
         fixed = {"model": self._model, "temperature": 0.0, "ignore_eos": True, "return_token_ids": True}
         return {**fixed, "prompt": ids, "max_tokens": n, **more}
 
-    def _complete(self, ids: NDArray[np.int64], n: int, *, scored: bool) -> list[tuple[list[int], list[float]]]:
+    def _complete(self, ids: NDArray[np.int64], n: int, *, scored: bool) -> list[Completion]:
         rows: list[list[int]] = ids.tolist()
-        body = self._body(rows, n, **({"prompt_logprobs": 0} if scored else {}))
+        body = self._body(rows, n, **({"prompt_logprobs": LISTED} if scored else {}))
         choices = self._request("POST", "/v1/completions", body)["choices"]
         completions = []
         for row, choice in zip(rows, sorted(choices, key=lambda choice: int(choice["index"])), strict=True):
             tokens, scores = [int(token) for token in choice["token_ids"]], []
             if scored:
                 at = choice["prompt_logprobs"]
-                # Greedy choices may be listed too: the prompt's token is the one that is asked for by its id.
-                scores = [float(at[i][str(row[i])]["logprob"]) for i in range(1, len(row))]
+                scores = [
+                    pick({int(other): float(entry["logprob"]) for other, entry in at[i].items()}, row[i])
+                    for i in range(1, len(row))
+                ]
             completions.append((tokens, scores))
         return completions
 
-    def stream(self, ids: NDArray[np.int64], n: int) -> Generator[int, None, None]:
-        """The next ``n`` tokens of ids [1, length], greedily, each as it comes.
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """See ``VllmRuntime.stream``: a connection for each row, all at a time. May be called from several threads.
 
-        Closing the generator early closes the connection, upon which the server stops working on the request.
-
-        Raises:
-            DataError, ModelError: as ``generate``, when the first token is asked for or later.
+        Closing it early closes the connections, upon which the server stops working on the requests. What the server
+        itself refuses of one row may be raised after tokens of another.
         """
         self._check(ids, n)
-        if ids.shape[0] != 1:
-            raise DataError(f"token ids: one row can be streamed, got {ids.shape[0]}")
-        body = self._body(ids[0].tolist(), n, stream=True)
-        with closing(self._open("POST", "/v1/completions", body)) as response:
-            try:
-                for line in response:
-                    data = line.decode("utf-8").removeprefix("data:").strip()
-                    if data == "[DONE]":
-                        return
-                    if data:
-                        yield from json.loads(data)["choices"][0]["token_ids"]
-            except TimeoutError as error:
-                raise self._silent() from error
-            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-                raise self._failure("the server failed during a request") from error
-            raise self._failure("the server died during a request")
-
-    def _silent(self) -> ModelError:
-        return self._failure(f"the server said nothing for {self.request_timeout_s:g} s", 0)
+        bodies = [self._body(row, n, stream=True) for row in ids.tolist()]
+        with self._failures():
+            yield from self._client.follow("/v1/completions", bodies)
 
     def _failure(self, what: str, wait_s: float | None = None) -> ModelError:
         """An error that says what was seen and, from the log, why; the log is kept from now on."""
@@ -346,12 +325,3 @@ def _groups() -> Iterator[tuple[int, int]]:
             state, _, group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
             if state not in "ZX":
                 yield int(stat.parent.name), int(group)
-
-
-def _message(body: bytes) -> str:
-    """What an answer other than 200 says, in one line."""
-    text = body.decode("utf-8", errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
-        answer = json.loads(text)
-        text = str(answer["error"]["message"] if "error" in answer else answer["message"])
-    return " ".join(text.split())[:300]

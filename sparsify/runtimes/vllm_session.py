@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -17,12 +18,15 @@ from numpy.typing import NDArray
 
 from sparsify.errors import MissingExtraError, ModelError, SparsifyError
 from sparsify.memory import return_freed_memory
-from sparsify.runtimes.vllm_settings import INSTALL, VllmRuntime, cause, check_settings, read_report
+from sparsify.runtimes.session import Stream
+from sparsify.runtimes.vllm_runtime import LISTED, Completion, VllmRuntime, pick
+from sparsify.runtimes.vllm_settings import INSTALL, cause, check_settings, read_report
 
 # Open sessions whose engine is in this process.
 _INSIDE: list[VllmSession] = []
 # Engines of closed ones that have to wait for the others.
 _ENDED: list[Any] = []
+_STREAMED = itertools.count()
 
 
 class VllmSession(VllmRuntime):
@@ -69,6 +73,8 @@ class VllmSession(VllmRuntime):
             quantization=quantization, max_batch=max_batch,
         )  # fmt: skip
         self._llm: Any = None
+        # Requests of the open stream that are not over.
+        self._streaming: set[str] = set()
         with ExitStack() as stack:
             folder = Path(tempfile.mkdtemp(prefix="sparsify-vllm-"))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -111,14 +117,14 @@ class VllmSession(VllmRuntime):
             reason = cause(f"{type(error).__name__}: {error}") or cause(logged) or type(error).__name__
             raise ModelError(f"{self.settings.path}: vLLM: {reason}") from error
 
-    def _complete(self, ids: NDArray[np.int64], n: int, *, scored: bool) -> list[tuple[list[int], list[float]]]:
+    def _complete(self, ids: NDArray[np.int64], n: int, *, scored: bool) -> list[Completion]:
         from vllm import SamplingParams
 
-        if self._llm is None:
-            raise ModelError(f"{self.name}: the session is closed")
+        self._take()
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False, prompt_logprobs=0 if scored else None
-        )
+            temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False,
+            prompt_logprobs=LISTED if scored else None,
+        )  # fmt: skip
         rows = ids.tolist()
         with self._reasons():
             outputs = self._llm.generate([{"prompt_token_ids": row} for row in rows], sampling, use_tqdm=False)
@@ -126,14 +132,69 @@ class VllmSession(VllmRuntime):
             (
                 list(output.outputs[0].token_ids),
                 # The token that stands there is among the log-probabilities whatever its rank.
-                [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], row[1:], strict=True)]
+                [
+                    pick({other: entry.logprob for other, entry in at.items()}, token)
+                    for at, token in zip(output.prompt_logprobs[1:], row[1:], strict=True)
+                ]
                 if scored
                 else [],
             )
             for row, output in zip(rows, outputs, strict=True)
         ]
 
+    def stream(self, ids: NDArray[np.int64], n: int) -> Stream:
+        """See ``VllmRuntime.stream``; closing it early makes the engine forget the requests.
+
+        Raises:
+            RuntimeError: the session was closed or asked something else before the stream was over.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        self._check(ids, n)
+        self._take()
+        sampling = SamplingParams(
+            temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        rows = {f"stream-{next(_STREAMED)}": row for row in ids.tolist()}
+        places = {request: place for place, request in enumerate(rows)}
+        self._streaming = running = set(rows)
+        try:
+            with self._reasons():
+                for request, row in rows.items():
+                    self._llm.llm_engine.add_request(request, tokens_input(row), sampling)
+            while running:
+                if self._streaming is not running:
+                    raise RuntimeError("the session was closed or asked something else before this stream was over")
+                with self._reasons():
+                    outputs = self._llm.llm_engine.step()
+                step: list[list[int]] = [[] for _ in rows]
+                for output in outputs:
+                    step[places[output.request_id]] += output.outputs[0].token_ids
+                    if output.finished:
+                        running.discard(output.request_id)
+                if any(step):
+                    yield step
+        finally:
+            if self._streaming is running:
+                self._forget()
+
+    def _take(self) -> None:
+        """Have the engine to oneself: it steps all its requests together, and hands out what any of them made."""
+        if self._llm is None:
+            raise ModelError(f"{self.name}: the session is closed")
+        self._forget()
+
+    def _forget(self) -> None:
+        """End the stream that is open, if one is."""
+        requests, self._streaming = list(self._streaming), set()
+        if requests and self._llm is not None:
+            with suppress(Exception):  # an engine that has died runs nothing any more
+                self._llm.llm_engine.abort_request(requests)
+
     def _stop(self) -> None:
+        self._forget()
         ended, inside = [self._llm], self in _INSIDE
         self._llm = None
         if inside:

