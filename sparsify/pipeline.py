@@ -221,10 +221,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of the model or artifact in ``folder``, and its KL divergence from the one in ``against``.
 
-    Returns a plain dict: ``runtime``, ``engaged`` (kernel -> number of linears), the fields of ``Perplexity``,
+    Returns a plain dict: ``runtime``, ``engaged`` (kernel -> number of linears), what ``Perplexity`` holds as numbers,
     ``reference_perplexity`` and ``kl_to_reference`` (None without ``against``, and where a runtime gives no logits).
     """
-    from sparsify.bench.perplexity import Scorer, compare, perplexity
+    from sparsify.bench.perplexity import compare, perplexity
+    from sparsify.bench.scoring import Scorer
 
     progress = progress or Silent()
 
@@ -249,7 +250,7 @@ def evaluate(
         for text in notices:
             progress.notice(text)
         return {
-            **asdict(measured),
+            **{key: value for key, value in asdict(measured).items() if key not in ("window_nll", "window_tokens")},
             "runtime": session.name,
             "engaged": dict(sorted(kernels.items())),
             "notices": notices,
@@ -322,6 +323,7 @@ def _report(
                 "path": target,
                 "bytes": folder_bytes(staging / target),
                 "perplexity": record.get("perplexity"),
+                "standard_error": record.get("standard_error"),
                 "runtime": record.get("runtime"),
                 "engaged": record.get("engaged"),
                 "parity": manifest.read(staging / target).get("parity"),

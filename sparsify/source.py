@@ -18,6 +18,8 @@ from sparsify.files import read_json, sha256_file, staging_folder, write_json, w
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+# What a model is built from on the meta device.
+_HUB_CONFIG = ["config.json", "*.py"]
 # Some repositories carry the weights a second time in another format.
 _HUB_NOT = ["original/*", "*/*.safetensors", "consolidated*"]
 
@@ -47,8 +49,12 @@ class Source:
     origin: str
 
 
-def resolve(model: str) -> Source:
+def resolve(model: str, *, weights: bool = True) -> Source:
     """The local folder for ``model``; a GGUF file is dequantised once, into the cache folder.
+
+    Args:
+        model: what the user named.
+        weights: False leaves those of a hub model where they are.
 
     Raises:
         ModelError: nothing of that name, or a GGUF file that cannot be read.
@@ -64,7 +70,7 @@ def resolve(model: str) -> Source:
             return Source(model, _dequantised(path.absolute()), "gguf")
         raise ModelError(f"{path}: is a file but not .gguf; name the folder that holds config.json and the shards")
     if _HUB_ID.fullmatch(model) and not path.exists():
-        return Source(model, _download(model), "hub")
+        return Source(model, _download(model, _HUB_FILES if weights else _HUB_CONFIG), "hub")
     raise ModelError(
         f"{model}: no such folder, GGUF file or hub id (owner/name); embedded models: {', '.join(EMBEDDED)}"
     )
@@ -85,11 +91,11 @@ def embedded_file(name: str) -> Path:
     raise MissingExtraError(f"{name}: its weights are in a package that is not installed; run: {install}")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT))
+        return Path(snapshot_download(model, allow_patterns=files, ignore_patterns=_HUB_NOT))
     except Exception as error:
         # The hub client raises its own, requests' and the operating system's errors.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

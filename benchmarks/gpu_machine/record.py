@@ -21,21 +21,18 @@ WRONG, NOT_RUN = 1, 3
 MANIFEST = "manifest.json"
 
 
-class Record:
-    """What a stage has found so far, written again after every step."""
+class Budget:
+    """Time that is given, and what it is enough for.
 
-    def __init__(self, benchmark: str, options: argparse.Namespace, packages: tuple[str, ...]) -> None:
-        self.path: Path = options.out
-        self.deadline: float = time.monotonic() + options.budget_s
-        self.body: dict[str, Any] = {
-            "benchmark": benchmark,
-            **origin(),
-            "environment": environment(options.device, packages),
-            "arguments": {k: str(v) for k, v in vars(options).items() if k != "run"},
-            "failed": [],
-            "not_run": [],
-            "logs": {},
-        }
+    Args:
+        seconds: from now on.
+
+    Attributes:
+        deadline: on the monotonic clock.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
 
     @property
     def left_s(self) -> float:
@@ -50,11 +47,36 @@ class Record:
         longest = 5.0
         for what, case in cases:
             if self.left_s < longest:
-                self.not_run(what, f"the budget is spent: {self.left_s:.0f} s left")
+                self.unaffordable(what, f"the budget is spent: {self.left_s:.0f} s left")
                 continue
             started = time.monotonic()
             yield what, case
             longest = max(longest, time.monotonic() - started)
+
+    def unaffordable(self, what: str, why: str) -> None:
+        """Note that there is no time for ``what``."""
+        self.not_run(what, why)
+
+    def not_run(self, what: str, why: str) -> None:
+        """Note that ``what`` could not be tried."""
+        raise NotImplementedError
+
+
+class Record(Budget):
+    """What a stage has found so far, written again after every step."""
+
+    def __init__(self, benchmark: str, options: argparse.Namespace, packages: tuple[str, ...]) -> None:
+        super().__init__(options.budget_s)
+        self.path: Path = options.out
+        self.body: dict[str, Any] = {
+            "benchmark": benchmark,
+            **origin(),
+            "environment": environment(options.device, packages),
+            "arguments": {k: str(v) for k, v in vars(options).items() if k != "run"},
+            "failed": [],
+            "not_run": [],
+            "logs": {},
+        }
 
     def failed(self, what: str, why: str) -> None:
         """Note that ``what`` gave a wrong result or crashed."""

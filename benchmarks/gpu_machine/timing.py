@@ -1,4 +1,4 @@
-"""Clocks: one call, a graph of several calls, and what the machine can do at most."""
+"""Clocks: one call, several calls, and what the machine can do at most."""
 
 from __future__ import annotations
 
@@ -29,24 +29,10 @@ def seconds(run: Callable[[], Any], on_gpu: bool) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def capture(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of a call of ``run``, and its result."""
-    import torch
-
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph, result
-
-
 def several(copies: list[Any], x: torch.Tensor, calls: int, on_gpu: bool) -> Callable[[], Any]:
     """``calls`` calls, each with the next copy, as one graph where there is a GPU."""
+    from sparsify.kernels.gpu_timing import captured
+
     turns = itertools.cycle(copies)
 
     def run() -> Any:
@@ -57,7 +43,7 @@ def several(copies: list[Any], x: torch.Tensor, calls: int, on_gpu: bool) -> Cal
     if not on_gpu:
         run()
         return run
-    graph, _ = capture(run)
+    graph, _ = captured(run)
     graph.replay()
     return graph.replay
 

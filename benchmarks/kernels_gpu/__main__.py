@@ -1,26 +1,21 @@
-"""The GPU kernels on an NVIDIA GPU: are they right, and what do they gain over cuBLAS.
+"""The GPU kernels on an NVIDIA GPU: are they right, and what do 8-bit floats gain with zeros and without.
 
 Not yet run on a GPU. Written for a machine that is lent for some minutes and has torch, triton and a copy of this
-checkout, but no network. Each stage fits into one command of less than ten minutes and writes one JSON record; run
-`tune` before the stages that time:
+checkout, but no network. What the kernels gain is the hardware report's: benchmarks/gpu_report. Each stage fits into
+one command of less than ten minutes and writes one JSON record; run `tune` before `prefill`:
 
     python3 benchmarks/kernels_gpu check   --out FILE    every kernel against float64, in graphs, twice the same
     python3 benchmarks/kernels_gpu tune    --out FILE    configurations of the Triton kernel, algorithms of cuSPARSELt
-    python3 benchmarks/kernels_gpu decode  --out FILE    1 to 32 tokens, linears of Llama-3.1-8B and -70B, cold L2
-    python3 benchmarks/kernels_gpu prefill --out FILE    2048 tokens and more, their MLPs
-    python3 benchmarks/kernels_gpu model   --out FILE    a decode step of a model of Llama-3.1-8B's shape, one graph
+    python3 benchmarks/kernels_gpu prefill --out FILE    2048 tokens and more, MLPs of Llama-3.1-8B and -70B
 
 A run on an H200, whose records are then copied to benchmarks/results:
 
     python3 benchmarks/kernels_gpu check --out $OUT/kernels_gpu_check.json --budget-s 120;
     python3 benchmarks/kernels_gpu tune --out $OUT/kernels_gpu_tune.json --budget-s 240;
-    python3 benchmarks/kernels_gpu decode --out $OUT/kernels_gpu_decode.json --budget-s 200
-
-    python3 benchmarks/kernels_gpu prefill --out $OUT/kernels_gpu_prefill.json --budget-s 120;
-    python3 benchmarks/kernels_gpu model --out $OUT/kernels_gpu_model.json --budget-s 120
+    python3 benchmarks/kernels_gpu prefill --out $OUT/kernels_gpu_prefill.json --budget-s 120
 
 Beside each time stand what the hardware allows and how long a call keeps the host busy. `--kernels` times others than
-the best one known, and --layers also a GPU's share of a 70B model on eight.
+those two, and --layers also a GPU's share of a 70B model on eight.
 
 What may crash or poison a CUDA context runs in a process of its own. Exit status: 0 all well, 1 something is wrong, 3
 something could not be run or did not fit into --budget-s; the record says what and why. What is tuned lies in --work
@@ -43,9 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu_machine.stages import main, stage_options
 
 from kernels_gpu.check import TASKS, check
-from kernels_gpu.decode import decode
 from kernels_gpu.layers import DECODE, LAYERS, MLP, SHARDS
-from kernels_gpu.model import model
 from kernels_gpu.prefill import prefill
 from kernels_gpu.tune import tune
 
@@ -57,32 +50,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     stages = parser.add_subparsers(required=True, metavar="STAGE")
     common = stage_options("kernels-gpu", 500)
     common.add_argument("--samples", type=int, default=20, help="of each variant, in turn")
-    layers = argparse.ArgumentParser(add_help=False)
-    layers.add_argument("--layers", nargs="+", default=list(LAYERS), choices=[*LAYERS, *SHARDS])
-    timed = argparse.ArgumentParser(add_help=False)
-    timed.add_argument("--kernels", nargs="+", choices=TASKS, help="to time beside the dense product")
-    decoded = argparse.ArgumentParser(add_help=False)
-    decoded.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    decoded.add_argument("--patterns", nargs="+", default=list(DECODE), help="2:4, or a share of zeros")
     stage = stages.add_parser("check", parents=[common], help="are the kernels right")
     stage.add_argument("--parts", nargs="+", default=list(TASKS), choices=TASKS)
     stage.set_defaults(run=check)
-    stage = stages.add_parser("tune", parents=[common, layers, decoded], help="search configurations and algorithms")
+    stage = stages.add_parser("tune", parents=[common], help="search configurations and algorithms")
+    stage.add_argument("--layers", nargs="+", default=list(LAYERS), choices=[*LAYERS, *SHARDS])
+    stage.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    stage.add_argument("--patterns", nargs="+", default=list(DECODE), help="2:4, or a share of zeros")
     stage.add_argument("--prefill-tokens", type=int, nargs="*", default=[2048, 4096, 8192])
     stage.set_defaults(run=tune)
-    stage = stages.add_parser(
-        "decode", parents=[common, layers, decoded, timed], help="time single linears, few tokens"
-    )
-    stage.set_defaults(run=decode)
-    stage = stages.add_parser("prefill", parents=[common, timed], help="time MLPs, many tokens")
+    stage = stages.add_parser("prefill", parents=[common], help="time MLPs, many tokens")
+    stage.add_argument("--kernels", nargs="+", choices=TASKS, help="to time beside the dense product")
     stage.add_argument("--layers", nargs="+", default=list(MLP), choices=[*LAYERS, *SHARDS])
     stage.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
     stage.set_defaults(run=prefill)
-    stage = stages.add_parser("model", parents=[common], help="time a whole decode step")
-    stage.add_argument("--tokens", type=int, nargs="+", default=[1, 8])
-    stage.add_argument("--context", type=int, default=1024, help="tokens in the key/value cache")
-    stage.add_argument("--patterns", nargs="+", default=["2:4", "0.5"])
-    stage.set_defaults(run=model)
     return parser.parse_args(arguments)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from gpu_machine.children import Task, run_process, scratch_folder
-from gpu_machine.timing import capture
 from gpu_machine.weights import describe, errors, poison, same_bits
 
 from kernels_gpu.layers import FP8, Record, packed_weight, prepared
@@ -94,7 +93,9 @@ def _in_graph(run: Any, x: Any, wanted: Any) -> bool:
     """Whether a captured call gives the same, bit for bit, after its result was overwritten."""
     import torch
 
-    graph, result = capture(lambda: run(x))
+    from sparsify.kernels.gpu_timing import captured
+
+    graph, result = captured(lambda: run(x))
     result.fill_(math.nan)
     graph.replay()
     torch.cuda.synchronize()

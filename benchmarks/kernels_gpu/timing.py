@@ -54,13 +54,6 @@ def time_variants(
     return entries, failed
 
 
-def add_bandwidth(entries: dict[str, dict[str, Any]], n_bytes_besides: int, bytes_per_s: float) -> None:
-    """What each read per second, as a share of the measured copy bandwidth."""
-    for entry in entries.values():
-        rate = (entry["bytes"] + n_bytes_besides) / (entry["us"]["median"] / 1e6)
-        entry["share_of_copy_bandwidth"] = rate / bytes_per_s
-
-
 def add_bound(
     entries: dict[str, dict[str, Any]], shape: tuple[int, int], tokens: int, ceilings: dict[str, float]
 ) -> None:

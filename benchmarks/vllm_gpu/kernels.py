@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gpu_machine.timing import capture
 from gpu_machine.weights import describe, errors, poison, random_packed, same_bits
 
 if TYPE_CHECKING:
@@ -124,10 +123,12 @@ def _compiled_cases(kernel: Kernel, packed: Packed, bias: torch.Tensor, backend:
 def _graph_cases(kernel: Kernel, packed: Packed, bias: torch.Tensor) -> Iterator[dict[str, Any]]:
     import torch
 
+    from sparsify.kernels.gpu_timing import captured
+
     state = kernel.prepare(packed)
     for tokens in (1, 7, 8, 64, 300):
         x = torch.randn(tokens, packed.shape[1], device="cuda", dtype=bias.dtype)
-        graph, result = capture(partial(kernel.linear, x, state.tensors, state.sizes, bias))
+        graph, result = captured(partial(kernel.linear, x, state.tensors, state.sizes, bias))
         equal = []
         for _ in range(3):
             x.copy_(torch.randn_like(x))

@@ -5,30 +5,18 @@ KL(reference || candidate) = sum over the vocabulary of p (log p - log q), the m
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.errors import DataError, ModelError, NumericsError
+from sparsify.bench.scoring import Scorer, blocks, check_finite, of_logits
+from sparsify.errors import DataError, ModelError
 from sparsify.runtimes.session import Session
 
-# Elements of a block of positions x vocabulary: bounds each temporary copy (16 MiB in float32, 32 MiB in float64)
-# where the logits of one window alone can reach gigabytes.
-BLOCK_ELEMENTS = 2**22
-
 Progress = Callable[[int, int], None]
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """A session that scores tokens itself, where a runtime gives log-probabilities and no logits (vLLM)."""
-
-    def prompt_logprobs(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Log-probability [batch, length - 1], in nats, of each token of ids [batch, length] given those before it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -42,6 +30,10 @@ class Perplexity:
         n_windows: windows run.
         length: tokens of a window.
         stride: tokens from the start of a window to the start of the next.
+        standard_error: of ``perplexity``, by the delta method, with windows as the sampling unit, since tokens of one
+            window depend on each other; None for one window, or where the perplexity is infinite.
+        window_nll: of each window, the mean negative log-likelihood of its counted tokens, in nats.
+        window_tokens: of each window, the tokens counted.
     """
 
     perplexity: float
@@ -50,6 +42,9 @@ class Perplexity:
     n_windows: int
     length: int
     stride: int
+    standard_error: float | None
+    window_nll: tuple[float, ...]
+    window_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,19 +82,6 @@ def _check_stride(windows: NDArray[Any], stride: int | None) -> int:
     if not np.array_equal(windows[:-1, stride:], windows[1:, : length - stride]):
         raise DataError(f"windows: do not overlap by {length - stride} tokens, as stride {stride} says")
     return stride
-
-
-def _blocks(length: int, vocab_size: int) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS // vocab_size)
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-def _finite(block: NDArray[np.float32], session: Session, window: int, start: int) -> None:
-    finite = np.isfinite(block).all(axis=1)
-    if not finite.all():
-        position = start + int(np.argmin(finite))
-        raise NumericsError(f"{session.name}: logits of window {window}, position {position} hold NaN or Inf")
 
 
 def perplexity(
@@ -141,36 +123,99 @@ def perplexity(
 
 
 class _Likelihood:
-    """Sum of -log p over the counted tokens of one session."""
+    """Sum of -log p over the counted tokens of one session, window by window."""
 
     def __init__(self, length: int, stride: int) -> None:
         self.length, self.stride = length, stride
-        self.total, self.n_tokens = 0.0, 0
+        self.sums: list[float] = []
+        self.counts: list[int] = []
+
+    def _first(self, i: int) -> int:
+        # logits[t] predicts token t + 1, hence the last ``stride`` tokens are predicted by rows from length-1-stride.
+        return 0 if i == 0 else max(0, self.length - 1 - self.stride)
 
     def add(self, session: Session, i: int, window: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        # logits[t] predicts token t + 1, hence the last ``stride`` tokens are predicted by rows from length-1-stride.
-        first = 0 if i == 0 else max(0, self.length - 1 - self.stride)
-        targets = window[first + 1 :]
-        for rows in _blocks(len(targets), logits.shape[-1]):
-            block = logits[first + rows.start : first + rows.stop]
-            _finite(block, session, i, first + rows.start)
-            highest = block.max(axis=1, keepdims=True)
-            # float32 for the exponentials; only the sums need more.
-            log_norm = np.log(np.exp(block - highest).sum(axis=1, dtype=np.float64))
-            picked = np.take_along_axis(block, targets[rows, None], axis=1).astype(np.float64)
-            self.total += float((log_norm - (picked - highest)[:, 0]).sum())
-        self.n_tokens += len(targets)
+        first = self._first(i)
+        logprobs, _ = of_logits(session, logits[first:-1], window[first + 1 :], start=first, place=f"window {i}, ")
+        self._count(logprobs)
 
     def add_scores(self, session: Session, i: int, logprobs: NDArray[np.float32]) -> None:
-        counted = logprobs[0 if i == 0 else max(0, self.length - 1 - self.stride) :]
-        _finite(counted[:, None], session, i, self.length - 1 - len(counted))
-        self.total -= float(counted.sum(dtype=np.float64))
-        self.n_tokens += len(counted)
+        first = self._first(i)
+        check_finite(logprobs[first:, None], session, first, f"window {i}, ")
+        self._count(logprobs[first:].astype(np.float64))
+
+    def _count(self, logprobs: NDArray[np.float64]) -> None:
+        self.sums.append(-float(logprobs.sum()))
+        self.counts.append(len(logprobs))
 
     def result(self, n_windows: int) -> Perplexity:
-        mean = self.total / self.n_tokens
-        value = math.exp(mean) if mean < math.log(np.finfo(np.float64).max) else math.inf
-        return Perplexity(value, mean, self.n_tokens, n_windows, self.length, self.stride)
+        mean, error = ratio(self.sums, self.counts)
+        value = _exp(mean)
+        return Perplexity(
+            perplexity=value,
+            nll_mean=mean,
+            n_tokens=sum(self.counts),
+            n_windows=n_windows,
+            length=self.length,
+            stride=self.stride,
+            standard_error=None if error is None or math.isinf(value) else value * error,
+            window_nll=tuple(total / n for total, n in zip(self.sums, self.counts, strict=True)),
+            window_tokens=tuple(self.counts),
+        )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < math.log(np.finfo(np.float64).max) else math.inf
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
+    """Sum of ``sums`` over sum of ``counts`` over sampling units, and its standard error (None for one unit).
+
+    The error is that of a ratio estimator with residuals r = sum - ratio * count of each of k units:
+    sqrt(k / (k - 1) * sum of r**2) / sum of counts. With equal counts it is that of the mean of the units' means.
+    """
+    values, weights = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    mean = float(values.sum() / weights.sum())
+    if len(values) < 2:
+        return mean, None
+    residuals = values - mean * weights
+    spread = len(values) / (len(values) - 1) * float((residuals**2).sum())
+    return mean, math.sqrt(spread) / float(weights.sum())
+
+
+def paired_increase(
+    dense_nll: Sequence[float], pruned_nll: Sequence[float], tokens: Sequence[int]
+) -> tuple[float, float | None]:
+    """Relative increase of perplexity from dense to pruned on the same windows: exp(mean difference) - 1.
+
+    The differences are paired, so that what makes a window hard for both models does not count as uncertainty.
+
+    Args:
+        dense_nll: ``Perplexity.window_nll`` of the dense model.
+        pruned_nll: the same of the pruned model.
+        tokens: ``Perplexity.window_tokens``, which has to be the same in both.
+
+    Returns:
+        The increase (0.05 is 5 %), and its standard error over windows by the delta method; None for one window, or
+        where the increase is infinite.
+
+    Raises:
+        DataError: lists of different lengths, no windows, or a window without tokens or with a value that is no number.
+    """
+    if not len(dense_nll) == len(pruned_nll) == len(tokens):
+        raise DataError(
+            f"window_nll: {len(dense_nll)} windows of the dense model, {len(pruned_nll)} of the pruned one and "
+            f"{len(tokens)} counts of tokens cannot be paired; measure both on the same windows"
+        )
+    if not tokens or min(tokens) < 1:
+        raise DataError("window_tokens: want windows with at least one counted token each")
+    differences = np.asarray(pruned_nll, dtype=np.float64) - np.asarray(dense_nll, dtype=np.float64)
+    if not np.isfinite(differences).all():
+        raise DataError("window_nll: holds NaN or Inf")
+    mean, error = ratio(list(differences * np.asarray(tokens)), tokens)
+    # expm1 keeps the digits of a small increase.
+    increase = math.expm1(mean) if math.isfinite(_exp(mean)) else math.inf
+    return increase, None if error is None or math.isinf(increase) else (1 + increase) * error
 
 
 def _log_softmax(block: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -225,9 +270,9 @@ class _Divergence:
             raise ModelError(
                 f"{candidate.name}: its vocabulary of {right.shape[-1]} is not the {left.shape[-1]} of {reference.name}"
             )
-        for rows in _blocks(self.length, left.shape[-1]):
-            _finite(left[rows], reference, i, rows.start)
-            _finite(right[rows], candidate, i, rows.start)
+        for rows in blocks(self.length, left.shape[-1]):
+            check_finite(left[rows], reference, rows.start, f"window {i}, ")
+            check_finite(right[rows], candidate, rows.start, f"window {i}, ")
             log_p, log_q = _log_softmax(left[rows]), _log_softmax(right[rows])
             self.means[i] += float((np.exp(log_p) * (log_p - log_q)).sum())
             self.agreed += int((left[rows].argmax(axis=1) == right[rows].argmax(axis=1)).sum())

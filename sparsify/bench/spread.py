@@ -17,7 +17,8 @@ CONFIDENCE = 0.95
 # A percentile needs samples beyond it: below these counts it would be the largest sample by another name.
 _ENOUGH = {"p90": 10, "p99": 100}
 
-Claim = Literal["faster", "slower", "no difference shown", "too few rounds"]
+# "not in turn": candidate and baseline were not measured alternately, so that drift may pass for a difference.
+Claim = Literal["faster", "slower", "no difference shown", "too few rounds", "not in turn"]
 
 
 def spread(samples: Sequence[float]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Time on a GPU, as the tuners measure it."""
+"""Time on a GPU: of single calls, as the tuners measure it, and of graphs of calls. Not yet run on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,3 +30,34 @@ def timed_us(run: Callable[[], Any], device: torch.device, repeats: int = 15) ->
         end.record()
     torch.cuda.synchronize(device)
     return [1e3 * float(start.elapsed_time(end)) for start, end in pairs]
+
+
+def captured(run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of a call of ``run``, and its result."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
+def replayed_us(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each graph, one for each of ``rounds``, in which the graphs take turns."""
+    event: Any = torch.cuda.Event
+    found: dict[str, list[float]] = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, end = event(enable_timing=True), event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            found[name].append(1e3 * float(start.elapsed_time(end)))
+    return found

@@ -28,13 +28,13 @@ from sparsify.types import parse_pattern
 
 # Copies of a dense weight take at least this, and twice the cache, as memory allows.
 _BYTES = 1 << 30
-_SHARE_OF_MEMORY = 0.5
+SHARE_OF_MEMORY = 0.5
 # Weights so small that more copies would be needed are in some cache of a running model too.
-_MOST_COPIES = 5000
+MOST_COPIES = 5000
 # A round of a way takes about this long, or one product.
 _ROUND_S = 0.02
 # Tokens from which a product is bound by arithmetic, and the share of rounds that do there.
-_MANY_TOKENS, _FEWER = 64, 0.7
+MANY_TOKENS, _FEWER = 64, 0.7
 # Dense time / packed time where noise could decide which is taken: there times are taken over more rounds.
 _CLOSE = (0.85, 1.0)
 _ROUNDS_WHERE_CLOSE = 3
@@ -54,7 +54,8 @@ def wanted_bytes(request: Request) -> int:
     return request.n_bytes or max(_BYTES, 2 * last_level_cache_bytes())
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
+    """Of memory that this machine could give out now."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -101,8 +102,8 @@ def shape_on_cpu(
         packed = random_packed(shape, parse_pattern(pattern), values, x_dtype)
         states.append((values, pattern, native.prepare_with(packed, native.SLICES)))
     together = dense_bytes + sum(state.n_bytes for *_, state in states)
-    most = int(_SHARE_OF_MEMORY * _available_bytes() / together)
-    n = max(1, min(most, _MOST_COPIES, math.ceil(wanted_bytes(request) / dense_bytes)))
+    most = int(SHARE_OF_MEMORY * available_bytes() / together)
+    n = max(1, min(most, MOST_COPIES, math.ceil(wanted_bytes(request) / dense_bytes)))
     dense = copies_of(torch.randn(shape).to(x_dtype), n)
     subjects = []
     for values, pattern, state in states:
@@ -123,7 +124,7 @@ def _measure_tokens(
     """Measure all ways for one number of tokens; those in ``lost`` are left out, and more may join them."""
     n_in = dense[0].shape[1]
     x = torch.randn(tokens, n_in).to(dense[0].dtype)
-    rounds = request.rounds if tokens < _MANY_TOKENS else math.ceil(_FEWER * request.rounds)
+    rounds = request.rounds if tokens < MANY_TOKENS else math.ceil(_FEWER * request.rounds)
     run: dict[Which, Callable[[int], Any]] = {(-1, DENSE): lambda i: linear(x, dense[i])}
     perm = torch.randperm(n_in)
     run[-1, GATHER] = lambda i: x.index_select(-1, perm)
@@ -133,7 +134,7 @@ def _measure_tokens(
         for way in native.ways(subject.values, x.dtype, tokens, n_in):
             if way != native.SLICES or tokens >= _SLICES_FROM:
                 run[k, way] = _packed(x, subject, way)
-    if tokens >= _MANY_TOKENS:
+    if tokens >= MANY_TOKENS:
         lost |= {which for which in run if which[1] in _ROW_BY_ROW}
     run = {which: call for which, call in run.items() if which not in lost}
     samples = interleaved(run, (-1, DENSE), len(dense), rounds)

@@ -49,7 +49,7 @@ def shape_on_gpu(
             times[tokens] = dict(common)
             for kernel, state in states.items():
                 try:
-                    _search(kernel, state, x)
+                    search_launch(kernel, state, x)
                     run = partial(kernel.linear, x, state.tensors, state.sizes, None)
                     times[tokens][kernel.name] = times_of(timed_us(run, device))
                 except RuntimeError as error:
@@ -60,7 +60,7 @@ def shape_on_gpu(
         yield entry_of(values, x_dtype, pattern, shape, times)
 
 
-def _search(kernel: Kernel, state: State, x: torch.Tensor) -> None:
+def search_launch(kernel: Kernel, state: State, x: torch.Tensor) -> None:
     """Have ``kernel`` find and remember its fastest launch for the product, where it has a choice."""
     if kernel is TRITON and x.shape[0] <= MAX_TOKENS:
         triton_decode.tune(x, state.tensors, state.sizes)

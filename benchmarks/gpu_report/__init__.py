@@ -1,0 +1,1 @@
+"""The hardware report of an NVIDIA GPU; see ``__main__``."""

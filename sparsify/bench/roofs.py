@@ -1,0 +1,84 @@
+"""The least time the device could need for a scenario, from what it was measured to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparsify.bench.request import Request, Scenario
+from sparsify.bench.subjects import Subject
+from sparsify.errors import SparsifyError, UsageError
+from sparsify.roofline.devices import Device
+from sparsify.roofline.work import DENSE, ModelWork, Storage, step_roof, storage_of
+from sparsify.types import LinearSpec, parse_pattern
+
+# Precision of a graph -> type of weights and arithmetic, where both are the same.
+_GRAPH_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Roofs:
+    """Roofs of subjects on one device.
+
+    Args:
+        device: what was measured; None gives no roofs.
+    """
+
+    def __init__(self, device: Device | None) -> None:
+        self._device = device
+        self._work: dict[tuple[str, str, bool], ModelWork | None] = {}
+
+    def records(self) -> list[dict[str, Any]]:
+        """The ``ceilings`` of a ``run`` record."""
+        return [] if self._device is None else [self._device.to_record()]
+
+    def step(
+        self, subject: Subject, runtime: str, scenario: Scenario, request: Request, *, sparse: bool
+    ) -> dict[str, Any] | None:
+        """The ``roof`` of a ``latency`` record; None where arithmetic or model is not one of those that are understood.
+
+        Args:
+            subject: the artifact.
+            runtime: where it runs.
+            scenario: what runs.
+            request: options of the runtime.
+            sparse: whether sparse kernels run: only these read weights without their zeros.
+        """
+        if self._device is None:
+            return None
+        dtype = request.dtype
+        if subject.kind in ("onnx", "tensorrt"):
+            precision = (subject.body or {}).get("onnx", {}).get("precision")
+            if precision not in _GRAPH_DTYPES:
+                return None
+            dtype = _GRAPH_DTYPES[precision]
+        key = (subject.label, dtype, sparse)
+        try:
+            if key not in self._work:
+                self._work[key] = _work(subject, dtype, sparse=sparse, request=request)
+            work = self._work[key]
+            if work is None:
+                return None
+            roof = step_roof(work, self._device, scenario.prompt_tokens, scenario.batch, scenario.new_tokens)
+        except UsageError:  # no peak of this type is known
+            return None
+        return {**roof._asdict(), "ceilings": self._device.how}
+
+
+def _work(subject: Subject, dtype: str, *, sparse: bool, request: Request) -> ModelWork | None:
+    from sparsify.model import load_skeleton
+
+    try:
+        skeleton = load_skeleton(subject.folder, trust_remote_code=request.trust_remote_code)
+    except SparsifyError:
+        return None
+    rows: Sequence[dict[str, Any]] = (subject.body or {}).get("linears", ()) if sparse else ()
+    patterns = {row["name"]: parse_pattern(row["pattern"]) for row in rows}
+
+    def storage(spec: LinearSpec) -> Storage:
+        return storage_of(patterns[spec.name]) if spec.name in patterns else DENSE
+
+    stored = {}
+    if (subject.body or {}).get("storage", {}).get("values") == "int8":
+        specs = [spec for block in skeleton.linears for spec in block if spec.name in patterns]
+        stored = {spec.name: storage(spec).n_bytes(spec.out_features, spec.in_features, 1) for spec in specs}
+    return ModelWork.from_skeleton(skeleton, dtype, storage, stored)

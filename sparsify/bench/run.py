@@ -1,0 +1,305 @@
+"""A run: for each runtime all artifacts are held at once and asked in turn, and what is complete is recorded.
+
+Round by round the baseline goes first and last and the artifacts go between, every second round in the reverse order;
+so drift of the machine hits all alike, and the baseline's two times say what the same thing differs by.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsify.bench import host
+from sparsify.bench.accuracy import perplexity_record, task_records
+from sparsify.bench.latency import latency_record
+from sparsify.bench.records import Writer
+from sparsify.bench.request import Request, Scenario, opens
+from sparsify.bench.roofs import Roofs
+from sparsify.bench.rounds import Held, steps, take_rounds
+from sparsify.bench.subjects import Subject, check_baseline
+from sparsify.bench.workers import WorkerProcess
+from sparsify.checkpoint import read_config
+from sparsify.errors import MeasurementError, ModelError, OutputError, SparsifyError, UsageError
+from sparsify.progress import Progress, Silent
+from sparsify.roofline.devices import Device
+
+# Kinds whose linears can be timed one by one.
+_CHECKPOINTS = ("checkpoint", "hf", "vllm")
+
+
+class Run:
+    """Measures and writes records; see ``run``."""
+
+    def __init__(self, request: Request, out: Writer, progress: Progress) -> None:
+        self.request, self.out, self.progress = request, out, progress
+        self.failed = 0
+        self.roofs = Roofs(None)
+        self.reference: Subject | None = None
+
+    def missing(
+        self, what: str, why: str, *, failed: bool, subject: Subject | None = None, runtime: str | None = None,
+        scenario: Scenario | None = None,
+    ) -> None:  # fmt: skip
+        """Record what there is no figure of."""
+        self.failed += failed
+        self.progress.notice(f"{what}: {why}")
+        self.out.write(
+            "missing", what=what, why=why, failed=failed, artifact=subject and subject.label, runtime=runtime,
+            scenario=scenario and scenario.record(runtime or ""),
+        )  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Variables of every worker."""
+        threads = self.request.runtime.threads
+        return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+
+    def worker(self, name: str, runtime: str) -> WorkerProcess:
+        """A worker for ``runtime``."""
+        return WorkerProcess(
+            name, python=self.request.interpreter(runtime), variables=self.environment(),
+            timeout_s=self.request.timeout_s,
+        )  # fmt: skip
+
+    def group(self, runtime: str, baseline: Subject | None, candidates: Sequence[Subject]) -> None:
+        """Measure ``candidates`` and their baseline in one runtime."""
+        subjects = [baseline, *candidates] if baseline is not None else list(candidates)
+        with ExitStack() as stack:
+            held: list[Held] = []
+            self.progress.stage(f"{runtime}: starting", len(subjects))
+            for subject in subjects:
+                against = None if baseline is None or subject is baseline else baseline.label
+                held += self.hold(stack, runtime, subject, against)
+                self.progress.advance()
+            for scenario in self.request.scenarios:
+                held = list(self.scenario(runtime, scenario, held))
+            for each in held:
+                self.memory(runtime, each)
+            self.accuracy(runtime, held)
+
+    def hold(self, stack: ExitStack, runtime: str, subject: Subject, baseline: str | None) -> Iterator[Held]:
+        """Open a subject; nothing where that fails."""
+        name = f"{subject.label} in {runtime}"
+        try:
+            worker = stack.enter_context(self.worker(name, runtime))
+            opened = worker.ask(
+                "open", path=str(subject.folder), runtime=asdict(self.request.options(runtime)),
+                vocab_size=_vocab_size(subject.folder),
+                trust_remote_code=self.request.trust_remote_code and runtime == "torch",
+            )  # fmt: skip
+        except SparsifyError as error:
+            self.missing(name, str(error), failed=True, subject=subject, runtime=runtime)
+            return
+        for notice in opened["notices"]:
+            self.progress.notice(f"{name}: {notice}")
+        yield Held(subject, baseline, worker, opened, worker.memory().resident_bytes)
+
+    def scenario(self, runtime: str, scenario: Scenario, held: Sequence[Held]) -> Iterator[Held]:
+        """Measure one scenario; yields those that are still alive."""
+        name = f"{scenario.prompt_tokens}+{scenario.new_tokens} tokens x {scenario.batch}"
+        self.progress.stage(f"{runtime}: {name}", steps(self.request, held))
+        taken = take_rounds(held, scenario, self.request, self.progress.advance)
+        base = next((i for i, each in enumerate(held) if each.baseline is None and taken[i].error is None), None)
+        for each, found in zip(held, taken, strict=True):
+            if found.error is not None:
+                what, why = f"{each.subject.label} in {runtime}, {name}", str(found.error)
+                self.missing(what, why, failed=True, subject=each.subject, runtime=runtime, scenario=scenario)
+                if not isinstance(found.error, MeasurementError):  # its process is still there
+                    yield each
+                continue
+            reference = None if base is None or each.baseline is None else taken[base].rounds[0]["tokens"]
+            self.out.write(
+                "latency",
+                **self.common(runtime, each),
+                baseline=each.baseline,
+                asked_sparse=each.subject.sparse and self.request.runtime.kernel != "dense",
+                scenario=scenario.record(runtime),
+                roof=self.roofs.step(each.subject, runtime, scenario, self.request, sparse=_engaged(each)),
+                **latency_record(found.rounds, scenario.batch, scenario.new_tokens, reference),
+            )
+            yield each
+
+    def common(self, runtime: str, each: Held) -> dict[str, Any]:
+        """Fields of every record of a session."""
+        how = ""
+        if runtime.startswith("vllm"):
+            how = ", eager" if self.request.runtime.eager else ", compiled"
+        session = f"{each.opened['session']}{how}"
+        engaged = each.opened["engaged"]
+        return {"artifact": each.subject.label, "runtime": runtime, "session": session, "engaged": engaged}
+
+    def memory(self, runtime: str, each: Held) -> None:
+        """Record what the worker's processes held at most."""
+        found = each.worker.memory()
+        if found.processes == 0:
+            why = "its process has ended"
+            self.missing(f"memory of {each.subject.label} in {runtime}", why, failed=True, subject=each.subject)
+            return
+        self.out.write(
+            "memory",
+            **self.common(runtime, each),
+            processes=found.processes,
+            loaded_resident_bytes=each.loaded_bytes,
+            peak_resident_bytes=found.peak_bytes,
+            device_peak_bytes=found.device_bytes,
+            weights_resident_bytes=each.opened["weights_resident_bytes"],
+        )
+
+    def accuracy(self, runtime: str, held: Sequence[Held]) -> None:
+        """Perplexity and tasks of each, one after the other."""
+        request = self.request
+        kinds = (request.windows is not None, request.tasks is not None)
+        if not any(kinds):
+            return
+        self.progress.stage(f"{runtime}: accuracy", len(held) * sum(kinds))
+        for each in held:
+            common, name = self.common(runtime, each), f"{each.subject.label} in {runtime}"
+            if request.windows is not None:
+                with self.attempt(f"perplexity of {name}", each.subject, runtime):
+                    fields = perplexity_record(each.worker, request.windows, request.stride, self.reference)
+                    self.out.write("perplexity", **common, **fields)
+                    if fields["kl"] is None:
+                        why = "no dense model to compare with" if self.reference is None else "it gives no logits"
+                        what = f"KL divergence of {name}"
+                        self.missing(what, why, failed=False, subject=each.subject, runtime=runtime)
+            if request.tasks is not None:
+                with self.attempt(f"tasks of {name}", each.subject, runtime):
+                    for fields in task_records(each.worker, each.subject.folder, request):
+                        self.out.write("task", **common, **fields)
+
+    @contextmanager
+    def attempt(self, what: str, subject: Subject, runtime: str) -> Iterator[None]:
+        """A step of a stage: that it failed is recorded and the run goes on, unless records cannot be written."""
+        try:
+            yield
+        except OutputError:
+            raise
+        except SparsifyError as error:
+            self.missing(what, str(error), failed=True, subject=subject, runtime=runtime)
+        self.progress.advance()
+
+    def kernels(self, candidates: Sequence[Subject], device: str) -> None:
+        """Times of single linears of each pruned checkpoint; two artifacts of one have the same."""
+        request, seen = self.request, []
+        for subject in candidates:
+            if not subject.sparse or subject.kind not in _CHECKPOINTS:
+                continue
+            assert subject.body is not None
+            weights = [(row["name"], row["pattern"]) for row in subject.body["linears"]], subject.source
+            if weights in seen:
+                continue
+            seen.append(weights)
+            name = f"kernels of {subject.label}"
+            self.progress.stage(name, 1)
+            with self.attempt(name, subject, "torch"), self.worker(name, "torch") as worker:
+                for fields in worker.ask_all(
+                    "kernels", path=str(subject.folder), device=device, dtype=request.dtype,
+                    tokens=list(request.kernel_tokens), rounds=request.rounds, ceilings=self.roofs.records(),
+                ):  # fmt: skip
+                    self.out.write("kernel", artifact=subject.label, **fields)
+
+
+def run(
+    candidates: Sequence[Subject],
+    baselines: Sequence[Subject],
+    request: Request,
+    out: Writer,
+    *,
+    command: Sequence[str],
+    ceilings: Device | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Measure, and write what was found; returns how many measurements failed.
+
+    Args:
+        candidates: artifacts.
+        baselines: dense, of any kinds; the first that a runtime opens, and that a graph has its form in common with,
+            is what candidates are compared with there.
+        request: what to measure.
+        out: receives each record once it is complete.
+        command: as typed.
+        ceilings: of this device; None measures them.
+        progress: told of stages.
+
+    Raises:
+        UsageError: a baseline of another model, or nothing that a runtime could open.
+        OutputError: records cannot be written.
+    """
+    progress = progress or Silent()
+    for baseline in baselines:
+        for candidate in candidates:
+            check_baseline(candidate, baseline)
+    if not any(opens(runtime, subject) for runtime in request.runtimes for subject in candidates):
+        kinds = ", ".join(sorted({subject.kind for subject in candidates}))
+        raise UsageError(f"--runtime {', '.join(request.runtimes)}: opens none of these artifacts (kinds: {kinds})")
+    started = time.monotonic()
+    work = Run(request, out, progress)
+    device = request.runtime.device
+    if ceilings is None:
+        progress.stage("measuring the device's ceilings", 1)
+        with work.worker("the device's ceilings", "torch") as worker:
+            ceilings = Device(**worker.ask("ceilings", device=device))
+        progress.advance()
+    work.roofs = Roofs(ceilings)
+    work.reference = next((each for each in baselines if each.kind in (*_CHECKPOINTS, "model")), None)
+    out.write(
+        "run",
+        command=list(command),
+        seed=request.seed,
+        rounds=request.rounds,
+        warm_up=request.warm_up,
+        environment=host.environment(request.runtime.threads),
+        ceilings=work.roofs.records(),
+    )
+    for role, subjects in (("baseline", baselines), ("candidate", candidates)):
+        for subject in subjects:
+            out.write("artifact", **subject.record(role))
+    for subject in candidates:
+        if not any(opens(runtime, subject) for runtime in request.runtimes):
+            asked = ", ".join(request.runtimes)
+            work.missing(subject.label, f"kind {subject.kind} opens in none of {asked}", failed=False, subject=subject)
+    for runtime in request.runtimes:
+        for against, group in _groups(runtime, candidates, baselines):
+            if against is None:
+                names = ", ".join(subject.label for subject in group)
+                why = "no --baseline of this kind was given, so nothing is compared"
+                work.missing(f"a dense baseline for {names} in {runtime}", why, failed=False, runtime=runtime)
+            work.group(runtime, against, group)
+    if request.kernel_tokens:
+        work.kernels(candidates, device)
+    out.write(
+        "end", seconds=round(time.monotonic() - started, 1), failed=work.failed, load_1m=host.load(), gpu=host.gpu()
+    )
+    return work.failed
+
+
+def _groups(
+    runtime: str, candidates: Sequence[Subject], baselines: Sequence[Subject]
+) -> Iterator[tuple[Subject | None, list[Subject]]]:
+    """What one runtime opens, by the baseline that it is compared with."""
+    found: dict[str, tuple[Subject | None, list[Subject]]] = {}
+    for candidate in candidates:
+        if opens(runtime, candidate):
+            fitting = [each for each in baselines if opens(runtime, each)]
+            if candidate.kind in ("onnx", "tensorrt"):
+                fitting = [each for each in fitting if each.like() == candidate.like()]
+            baseline = fitting[0] if fitting else None
+            found.setdefault(baseline.label if baseline else "", (baseline, []))[1].append(candidate)
+    yield from found.values()
+
+
+def _vocab_size(folder: Path) -> int:
+    config = read_config(folder)
+    size = config.get("vocab_size")
+    if size is None and isinstance(config.get("text_config"), dict):
+        size = config["text_config"].get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise ModelError(f"{folder / 'config.json'}: key vocab_size is {str(size)[:40]}, want a positive number")
+    return size
+
+
+def _engaged(each: Held) -> bool:
+    return any(kernel != "dense" for kernel in each.opened["engaged"].values())

@@ -1,0 +1,145 @@
+"""A process that holds one artifact in one runtime and answers requests: ``python -m sparsify.bench.worker FD``.
+
+Each line of standard input is a request; each answer is a line on descriptor FD. What the runtime prints goes where
+standard output and error go. A process of its own for each: nothing leaks from one runtime into the next, and one that
+dies takes nothing with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsify.errors import NumericsError, SparsifyError, UsageError
+
+# A short run before anything is measured: NaN in a model makes tokens as fast as sense does.
+_PROBE = 8
+
+
+class Worker:
+    """Answers requests, each a dict with ``do`` and arguments."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._session: Any = None
+        self._vocab_size = 0
+        self.requests: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+            "open": self.open,
+            "stream": self.stream,
+            "perplexity": self.perplexity,
+            "score": self.score,
+            "generate": self.generate,
+            "kernels": self.kernels,
+            "ceilings": self.ceilings,
+        }
+
+    def open(
+        self, path: str, runtime: dict[str, Any], vocab_size: int, trust_remote_code: bool
+    ) -> Iterator[dict[str, Any]]:
+        """Open a session and see that what it computes is finite."""
+        from sparsify.bench.scoring import score
+        from sparsify.bench.stream_times import prompts
+        from sparsify.runtimes import Runtime, open_session
+
+        session = open_session(Path(path), Runtime(**runtime), trust_remote_code=trust_remote_code)
+        self._session = self._stack.enter_context(session)
+        self._vocab_size = vocab_size
+        logprobs, _ = score(session, prompts(0, _PROBE, 1, vocab_size))
+        if not np.isfinite(logprobs).all():
+            raise NumericsError(f"{session.name}: NaN or Inf in what {path} computes; it is not measured")
+        yield {
+            "session": session.name,
+            "engaged": session.engaged(),
+            "notices": list(getattr(session, "notices", ())),
+            "weights_resident_bytes": _weights(session),
+        }
+
+    def stream(self, seed: int, prompt_tokens: int, batch: int, n: int) -> Iterator[dict[str, Any]]:
+        """Time one generation."""
+        from sparsify.bench.stream_times import prompts, time_stream, trace_sha256
+
+        ids = prompts(seed, prompt_tokens, batch, self._vocab_size)
+        yield {**time_stream(self._session, ids, n), "trace_sha256": trace_sha256(ids)}
+
+    def perplexity(self, windows: str, stride: int, reference: str | None) -> Iterator[dict[str, Any]]:
+        """Perplexity, and KL divergence from ``reference`` in float32 PyTorch where the runtime gives logits."""
+        from sparsify.bench.perplexity import compare, perplexity
+        from sparsify.bench.scoring import Scorer
+        from sparsify.runtimes.torch_session import TorchSession
+
+        ids = np.load(windows, allow_pickle=False)
+        if reference is None or isinstance(self._session, Scorer):
+            measured, kl = perplexity(self._session, ids, stride=stride), None
+        else:
+            with TorchSession(Path(reference)) as dense:
+                _, measured, kl = compare(dense, self._session, ids, stride=stride)
+        yield {"perplexity": asdict(measured), "kl": None if kl is None else asdict(kl)}
+
+    def score(self, ids: list[list[int]], last: int) -> Iterator[dict[str, Any]]:
+        """Log-probability of each of the ``last`` tokens, and whether it is the greedy choice."""
+        from sparsify.bench.scoring import score
+
+        logprobs, greedy = score(self._session, np.asarray(ids, dtype=np.int64), last)
+        yield {"logprobs": [float(value) for value in logprobs], "greedy": [bool(value) for value in greedy]}
+
+    def generate(self, ids: list[list[int]], n: int) -> Iterator[dict[str, Any]]:
+        """Greedy tokens."""
+        yield {"tokens": self._session.generate(np.asarray(ids, dtype=np.int64), n)[0].tolist()}
+
+    def kernels(self, path: str, **request: Any) -> Iterator[dict[str, Any]]:
+        """Times of the artifact's linears, one record after the other; no session is needed."""
+        from sparsify.bench.kernel_times import kernel_records
+
+        yield from kernel_records(Path(path), **request)
+
+    def ceilings(self, device: str) -> Iterator[dict[str, Any]]:
+        """What this device can do at best."""
+        from sparsify.roofline.ceilings import measure_ceilings
+
+        yield asdict(measure_ceilings(device, quick=True).device)
+
+
+def _weights(session: Any) -> int | None:
+    """Bytes of the tensors of a PyTorch model in memory; None in other runtimes, which do not tell."""
+    model = getattr(session, "model", None)
+    if model is None:
+        return None
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    each: dict[int, int] = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(each.values())
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    answers = int(sys.argv[1])
+
+    def say(**what: Any) -> None:
+        data = memoryview(json.dumps(what).encode() + b"\n")
+        while data:
+            data = data[os.write(answers, data) :]
+
+    with ExitStack() as stack:
+        worker = Worker(stack)
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                handle = worker.requests.get(request.pop("do"))
+                if handle is None:
+                    raise UsageError(f"request {line[:80]!r} is unknown")
+                for found in handle(**request):
+                    say(found=found)
+                say(done=True)
+            except SparsifyError as error:
+                say(error=" ".join(str(error).split()), kind=type(error).__name__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""A rule of gate held against one measurement after the other; ``sparsify/report/gate.py`` puts findings together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from math import hypot, isfinite
+from statistics import NormalDist
+from typing import Any
+
+from sparsify.bench.perplexity import paired_increase, ratio
+from sparsify.bench.records import Record
+from sparsify.bench.spread import CONFIDENCE
+from sparsify.report.asked import Asked, Finding
+from sparsify.report.pairs import (
+    Pair,
+    baseline_of,
+    comparison,
+    counterpart,
+    pairs,
+    runs_sparse,
+    scenario_name,
+    sparse_share,
+    why_not,
+)
+from sparsify.report.rules import Kind, Rule
+
+_ERRORS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+
+
+def _speedups(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for lone in why_not(asked.records):
+        name = scenario_name(lone.candidate["scenario"])
+        if asked.selects(lone.candidate) and fnmatchcase(name, rule.scenario):
+            yield asked.unmet(rule, lone.candidate, lone.why, scenario=name)
+    for pair in pairs(asked.records):
+        name = scenario_name(pair.scenario)
+        # One new token has no time between tokens.
+        silent = rule.measure == "tpot" and pair.scenario["new_tokens"] == 1
+        if asked.selects(pair.candidate) and fnmatchcase(name, rule.scenario) and not silent:
+            yield _speedup(asked, rule, pair, name)
+
+
+def _speedup(asked: Asked, rule: Rule, pair: Pair, name: str) -> Finding:
+    found = comparison(pair, rule.measure)
+    if found is None:
+        return asked.unmet(rule, pair.candidate, f"no {rule.measure} that its clock could tell", scenario=name)
+    shown, why = f"{found.ratio:.3f} x", ""
+    if found.low is not None and found.high is not None:
+        shown += f" ({found.low:.3f} to {found.high:.3f}, n={found.n})"
+    if asked.selection.claim and rule.limit > 1:
+        sparse = any(map(runs_sparse, pair.candidate["engaged"].values()))
+        if found.claim != "faster":
+            why = f"not shown ({found.claim})"
+        elif pair.candidate["asked_sparse"] and not sparse:
+            # As in the report: what is faster without them is not faster because of its zeros.
+            why = "not shown (no sparse kernel is known to have run)"
+    if asked.selection.confident and found.low is None:
+        why = why or "too few rounds for an interval"
+    return asked.finding(rule, pair.candidate, found.ratio, found.low, shown, at_least=True, why=why, scenario=name)
+
+
+def _perplexities(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for record in filter(asked.selects, asked.records.of("perplexity")):
+        dense = counterpart(asked.records, record, "text", "window_tokens")
+        if dense is None:
+            yield asked.unmet(rule, record, "no baseline was measured on the same windows in this runtime")
+            continue
+        if rule.relative:
+            value, error = paired_increase(dense["window_nll"], record["window_nll"], record["window_tokens"])
+            shown = f"{value:+.2%}" + ("" if error is None else f" ± {error:.2%}")
+        else:
+            value, error = _points(dense, record)
+            shown = f"{value:+.3f}" + _plus_minus(error)
+        if not isfinite(value):
+            yield asked.unmet(rule, record, "an increase that is larger than a number can be")
+            continue
+        yield asked.finding(rule, record, value, _worse(value, error, 1), shown, at_least=False)
+
+
+def _points(dense: Record, record: Record) -> tuple[float, float | None]:
+    """Increase of perplexity in points, and its standard error over windows by the delta method.
+
+    A window moves each perplexity by that perplexity times the window's part of the mean. Both are scaled, so that
+    what is hardly a number still has a square.
+    """
+    base, mine = dense["perplexity"], record["perplexity"]
+    top = max(base, mine, 1.0)
+    windows = zip(dense["window_nll"], record["window_nll"], record["window_tokens"], strict=True)
+    moved = [n * (mine / top * after - base / top * before) for before, after, n in windows]
+    error = ratio(moved, record["window_tokens"])[1]
+    return mine - base, None if error is None else top * error
+
+
+def _divergences(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for record in filter(asked.selects, asked.records.of("perplexity")):
+        found = record["kl"]
+        if found is not None:
+            value, error = found["mean_nats"], found["standard_error_nats"]
+            shown = f"{value:.4f} nats" + _plus_minus(error)
+            yield asked.finding(rule, record, value, _worse(value, error, 1), shown, at_least=False)
+
+
+def _tasks(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for record in filter(asked.selects, asked.records.of("task")):
+        if (record["task"], record["metric"]) != (rule.task, rule.metric):
+            continue
+        value, error = record["value"], record["standard_error"]
+        more_is_better = record["higher_is_better"] is not False
+        if not rule.relative:
+            worse = _worse(value, error, -1 if more_is_better else 1)
+            shown = f"{value:.4f}" + _plus_minus(error)
+            yield asked.finding(rule, record, value, worse, shown, at_least=more_is_better)
+            continue
+        dense = counterpart(asked.records, record, "task", "metric", "n", "samples_sha256", "harness")
+        if dense is None:
+            yield asked.unmet(rule, record, "the baseline was not scored on the same samples in this runtime")
+            continue
+        # A difference that is positive where the candidate is better.
+        value = (value - dense["value"]) * (1 if more_is_better else -1)
+        # As of independent samples, though they are the same ones: too wide rather than too narrow.
+        both = (error, dense["standard_error"])
+        error = None if None in both else hypot(*both)
+        shown = f"{value:+.4f}" + _plus_minus(error)
+        yield asked.finding(rule, record, value, _worse(value, error, -1), shown, at_least=True)
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None or not isfinite(error) else f" ± {error:.4f}"
+
+
+def _worse(value: float, error: float | None, sign: int) -> float | None:
+    return None if error is None or not isfinite(error) else value + sign * _ERRORS * error
+
+
+def _memories(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for record in filter(asked.selects, asked.records.of("memory")):
+        dense = counterpart(asked.records, record)
+        if dense is None:
+            yield asked.unmet(rule, record, "no baseline was measured in this runtime")
+            continue
+        # Where a device was used, its memory is what is scarce.
+        on_device = record["device_peak_bytes"] and dense["device_peak_bytes"]
+        key, where = ("device_peak_bytes", "device") if on_device else ("peak_resident_bytes", "resident")
+        value = record[key] / dense[key]
+        yield asked.finding(rule, record, value, value, f"{value:.3f} x ({where}, at peak)", at_least=False)
+
+
+def _file_sizes(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for record in asked.candidates:
+        name = baseline_of(asked.records, record)
+        if name is None:
+            yield asked.unmet(rule, record, "the records do not tell which baseline it is compared with")
+            continue
+        value = record["file_bytes"] / asked.described[record["run"], name]["file_bytes"]
+        yield asked.finding(rule, record, value, value, f"{value:.3f} x", at_least=False)
+
+
+def _sparse_linears(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    """Of what was timed; of an artifact and runtime where nothing was, of whatever else ran."""
+    timed = list(filter(asked.selects, asked.records.of("latency")))
+    done = {_where(each) for each in timed}
+    others = (each for kind in ("memory", "perplexity", "task") for each in asked.records.of(kind))
+    rest = (each for each in filter(asked.selects, others) if _where(each) not in done)
+    for record in _distinct([*timed, *rest]):
+        pruned = asked.described[record["run"], record["artifact"]]["linears"]
+        value = sparse_share(record["engaged"], pruned)
+        if value is None:
+            why = "which kernels ran is not recorded" if pruned else "nothing in it was pruned"
+            yield asked.unmet(rule, record, why)
+        else:
+            yield asked.finding(rule, record, value, value, f"{value * 100:.4g}%", at_least=True)
+
+
+def _where(record: Record) -> tuple[str, str, str]:
+    return record["run"], record["artifact"], record["runtime"]
+
+
+def _distinct(records: Iterable[Record]) -> list[Record]:
+    """One record for each thing that ran: a grid of scenarios says it many times over."""
+    found: dict[tuple[Any, ...], Record] = {}
+    for each in records:
+        found.setdefault((*_where(each), *sorted(each["engaged"].items())), each)
+    return list(found.values())
+
+
+def _finished(asked: Asked, rule: Rule) -> Iterator[Finding]:
+    for run in asked.records.of("run"):
+        ends = asked.records.of("end", run["run"])
+        failed = [each for each in asked.records.of("missing", run["run"]) if each["failed"]]
+        at = asked.records.source(run)
+        met = Finding(rule.text, run["run"], "", "", "", None, None, 0, "finished", rule.wanted, True, "", at)
+        whys = []
+        if not ends:
+            whys.append(replace(met, why="the run has no end: it was interrupted, or is not over"))
+        elif ends[-1]["failed"] > len(failed):
+            whys.append(replace(met, why=f"{ends[-1]['failed']} measurements failed"))
+        for each in filter(asked.concerns, failed):
+            whys.append(
+                replace(
+                    met,
+                    artifact=each["artifact"] or "",
+                    runtime=each["runtime"] or "",
+                    scenario=scenario_name(each["scenario"]) if each["scenario"] else "",
+                    why=f"{each['what']} failed: {each['why']}",
+                    source=asked.records.source(each),
+                )
+            )
+        yield from (replace(each, shown="", passed=False) for each in whys)
+        if not whys:
+            yield met
+
+
+FINDERS: dict[Kind, Callable[[Asked, Rule], Iterator[Finding]]] = {
+    "speedup": _speedups,
+    "perplexity": _perplexities,
+    "kl": _divergences,
+    "task": _tasks,
+    "memory": _memories,
+    "file": _file_sizes,
+    "sparse": _sparse_linears,
+    "finished": _finished,
+}

@@ -1,0 +1,95 @@
+"""``report.json``: everything the report says, as plain JSON values, each beside the records it is from.
+
+A pure function of records: no clock, no environment, and numbers of different runs never meet in a ratio.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsify.bench.records import Records
+from sparsify.bench.spread import CONFIDENCE
+from sparsify.report import accuracy, gaps, kernels, sizes, speed
+from sparsify.report.verdict import sentences, verdict
+from sparsify.report.wording import clean, scenario
+
+FORMAT = 1
+
+
+def summarise(records: Records) -> dict[str, Any]:
+    """What the records show.
+
+    Returns:
+        ``verdict``, ``verdicts``, ``warnings``, ``runs``, ``artifacts``, ``latency``, ``accuracy`` (``perplexity``,
+        ``tasks``), ``memory``, ``kernels``, ``failed``, ``not_measured``, ``absent``: docs/formats.md has the keys.
+        ``latency`` has one row for each latency record, in their order. Times in seconds, of single linears in
+        microseconds; ratios above 1 mean that the candidate is better; ``from`` names ``file:line`` of each record.
+    """
+    numbers = {record["run"]: number for number, record in enumerate(records.of("run"), 1)}
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "verdict": "",
+        "confidence": CONFIDENCE,
+        "warnings": [],
+        "runs": _runs(records, numbers),
+        "artifacts": sizes.artifacts(records, numbers),
+        "latency": speed.rows(records, numbers),
+        "accuracy": {
+            "perplexity": accuracy.perplexities(records, numbers),
+            "tasks": accuracy.tasks(records, numbers),
+        },
+        "memory": sizes.memory(records, numbers),
+        "kernels": kernels.rows(records, numbers),
+        "failed": gaps.stated(records, numbers, failed=True),
+        "not_measured": gaps.stated(records, numbers, failed=False),
+        "absent": gaps.absent(records, numbers),
+    }
+    found = clean(found)
+    found["verdicts"] = sentences(found)
+    found["verdict"] = verdict(found)
+    found["warnings"] = _warnings(found)
+    return found
+
+
+def _runs(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
+    found = []
+    for record in records.of("run"):
+        end = next(iter(records.of("end", record["run"])), None)
+        found.append(
+            {
+                "number": numbers[record["run"]],
+                **{key: record[key] for key in ("run", "time", "command", "seed", "rounds", "warm_up")},
+                "finished": end is not None,
+                **{key: end[key] if end else None for key in ("seconds", "failed", "load_1m", "gpu")},
+                **{key: record[key] for key in ("environment", "ceilings")},
+                "from": [records.source(record), *([records.source(end)] if end else [])],
+            }
+        )
+    return found
+
+
+def _warnings(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a reader must not miss: text, ``from``."""
+    warnings = [
+        {"text": f"Run {run['number']} did not finish: what it measured is here, the rest is not.", "from": run["from"]}
+        for run in found["runs"]
+        if not run["finished"]
+    ]
+    rows: dict[tuple[int, str, str, str], list[dict[str, Any]]] = {}
+    for row in (*found["latency"], *found["memory"], *found["accuracy"]["perplexity"], *found["accuracy"]["tasks"]):
+        if row["status"]["state"] in ("DENSE", "unknown", "unasked"):
+            rows.setdefault((row["run"], row["artifact"], row["runtime"], row["status"]["text"]), []).append(row)
+    warnings += [
+        {"text": f"{artifact} in {runtime}: {text}.", "from": [source for row in each for source in row["from"]]}
+        for (_, artifact, runtime, text), each in rows.items()
+    ]
+    warnings += [
+        {"text": f"Failed: {_about(entry)}: {entry['why']}", "from": entry["from"]} for entry in found["failed"]
+    ]
+    return warnings
+
+
+def _about(entry: dict[str, Any]) -> str:
+    where = [entry["artifact"], entry["runtime"], entry["scenario"] and scenario(entry["scenario"])]
+    named = ", ".join(part for part in where if part and part not in entry["what"])
+    return f"{entry['what']}{f' ({named})' if named else ''}"

@@ -1,0 +1,299 @@
+"""Bytes and operations of a model's steps, and the least time a device needs for them: arithmetic, nothing measured.
+
+A kernel takes at least the longer of what its bytes take at full bandwidth and what its operations take at full rate;
+kernels run one after the other, so a step takes at least the sum. What only makes real steps slower (launches, the
+host, norms, activations that go through memory, caches that miss) is left out, so that a roof stays one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from sparsify.roofline.attention import Attention, attention_of
+from sparsify.roofline.devices import DTYPE_BYTES, Device
+from sparsify.types import NofM, Pattern
+
+if TYPE_CHECKING:
+    from sparsify.model import Skeleton
+    from sparsify.types import LinearSpec
+
+Limit = Literal["bandwidth", "compute"]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# A cache of keys and values is in 16 bits, whatever weights are in.
+_LEAST_CACHE_BYTES = 2
+
+
+class Work(NamedTuple):
+    """What one kernel does: bytes through memory, operations, type of the inputs, on sparse tensor cores or not."""
+
+    n_bytes: float
+    flops: float
+    dtype: str
+    sparse: bool = False
+
+
+class Bound(NamedTuple):
+    """The least time for some work, and what sets it."""
+
+    seconds: float
+    limited_by: Limit
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a weight is stored.
+
+    Attributes:
+        density: share of values that are kept; 1 for dense.
+        mask: one bit a weight says which. Bitmask and index of sparse tensor cores take the same.
+        sparse_cores: a 2:4 weight that sparse tensor cores take.
+    """
+
+    density: float = 1.0
+    mask: bool = False
+    sparse_cores: bool = False
+
+    def n_bytes(self, n_out: int, n_in: int, value_bytes: int) -> float:
+        """Bytes of a weight [out, in]: its values, and rows of a mask padded to whole bytes."""
+        return n_out * n_in * self.density * value_bytes + (n_out * -(-n_in // 8) if self.mask else 0)
+
+
+DENSE = Storage()
+
+
+def storage_of(pattern: Pattern | None) -> Storage:
+    """How a weight pruned by ``pattern`` is stored; None for dense."""
+    if pattern is None:
+        return DENSE
+    return Storage(float(1 - pattern.sparsity), mask=True, sparse_cores=pattern == NofM(2, 4))
+
+
+def bound(work: Work, device: Device) -> Bound:
+    """The least time that ``device`` needs for ``work``.
+
+    Raises:
+        UsageError: the device has no known peak for the type.
+    """
+    memory, compute = work.n_bytes / device.bytes_per_s, work.flops / device.peak(work.dtype, sparse=work.sparse)
+    return Bound(memory, "bandwidth") if memory >= compute else Bound(compute, "compute")
+
+
+def linear_work(
+    n_out: int, n_in: int, tokens: float, dtype: str, storage: Storage = DENSE, stored_bytes: float | None = None
+) -> Work:
+    """One product ``x @ weight.T`` by itself: the weight, ``tokens`` inputs and results through memory.
+
+    Args:
+        n_out: rows of the weight.
+        n_in: columns.
+        tokens: rows of x.
+        dtype: of weight and inputs; results are in 16 bits at least.
+        storage: of the weight.
+        stored_bytes: of the weight, where they are known better than by ``storage``.
+    """
+    size = DTYPE_BYTES[dtype]
+    weight = storage.n_bytes(n_out, n_in, size) if stored_bytes is None else stored_bytes
+    moved = weight + tokens * (n_in * size + n_out * max(2, size))
+    return Work(moved, 2.0 * tokens * n_out * n_in, dtype, storage.sparse_cores)
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of one shape, kind and storage.
+
+    Attributes:
+        kind: name within a block, ``mlp.down_proj``.
+        n_out: rows of each.
+        n_in: columns of each.
+        count: how many there are in the model.
+        storage: of each.
+        stored_bytes: of each.
+        share: of the tokens that reach each; below 1 for the experts of a mixture.
+    """
+
+    kind: str
+    n_out: int
+    n_in: int
+    count: int
+    storage: Storage
+    stored_bytes: float
+    share: float = 1.0
+
+    def reached(self, tokens: int) -> float:
+        """Share of the group that any of so many tokens reaches, if they choose experts evenly and independently."""
+        return 1 - (1 - self.share) ** tokens if self.share < 1 else 1.0
+
+    def work(self, tokens: int, dtype: str) -> Work:
+        """Of all of the group in one step: weights that any token needs are read once, activations stay in cache."""
+        n_bytes = self.count * self.reached(tokens) * self.stored_bytes
+        flops = self.count * 2.0 * tokens * self.share * self.n_out * self.n_in
+        return Work(n_bytes, flops, dtype, self.storage.sparse_cores)
+
+
+class Roof(NamedTuple):
+    """The least time to the first token and per further token, and what sets each."""
+
+    ttft_s: float
+    tpot_s: float
+    ttft_limit: Limit
+    tpot_limit: Limit
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """A model as what its steps cost.
+
+    Attributes:
+        linears: of its blocks.
+        head: the product that gives logits; None where a model has none.
+        attention: of all layers.
+        dtype: of weights and inputs.
+        kv_bytes: of one element of the cache of keys and values.
+        other_bytes: of weights that are in no linear (embedding, norms).
+        n_weights: of the whole model, tied ones once.
+        head_is_embedding: the head's bytes are counted among the others.
+    """
+
+    linears: tuple[LinearGroup, ...]
+    head: LinearGroup | None
+    attention: Attention
+    dtype: str
+    kv_bytes: int
+    other_bytes: float
+    n_weights: int
+    head_is_embedding: bool = False
+
+    @classmethod
+    def from_skeleton(
+        cls,
+        skeleton: Skeleton,
+        dtype: str = "bfloat16",
+        storage: Storage | Callable[[LinearSpec], Storage] = DENSE,
+        stored_bytes: Mapping[str, float] | None = None,
+    ) -> ModelWork:
+        """The work of the model whose skeleton this is.
+
+        Args:
+            skeleton: of ``sparsify.model.load_skeleton``; no weights are needed.
+            dtype: of weights and inputs, a key of ``DTYPE_BYTES``.
+            storage: of its prunable linears, of all or of each.
+            stored_bytes: name of a linear -> bytes that its weight really has; ``storage`` tells those of the rest.
+        """
+        size = DTYPE_BYTES[dtype]
+        n_experts_of_token = getattr(skeleton.text_config, "num_experts_per_tok", None)
+        groups: dict[LinearGroup, int] = {}
+        for index, block in enumerate(skeleton.linears):
+            prefix = skeleton.prefix(index)
+            n_experts = len({_expert(spec) for spec in block} - {None})
+            for spec in block:
+                stored = storage(spec) if callable(storage) else storage
+                n_bytes = stored.n_bytes(spec.out_features, spec.in_features, size)
+                n_bytes = (stored_bytes or {}).get(spec.name, n_bytes)
+                routed = _expert(spec) is not None
+                share = min(1.0, n_experts_of_token / n_experts) if routed and n_experts_of_token else 1.0
+                kind = _EXPERT.sub(".experts.", spec.name.removeprefix(prefix))
+                group = LinearGroup(kind, spec.out_features, spec.in_features, 0, stored, n_bytes, share)
+                groups[group] = groups.get(group, 0) + 1
+        linears = tuple(replace(group, count=count) for group, count in groups.items())
+        head, tied = _head(skeleton.model, size)
+        n_weights = sum(parameter.numel() for parameter in skeleton.model.parameters())
+        inside = sum(group.count * group.n_out * group.n_in for group in linears)
+        inside += head.n_out * head.n_in if head and not tied else 0
+        attention = attention_of(skeleton.text_config, skeleton.n_blocks)
+        kv_bytes = max(_LEAST_CACHE_BYTES, size)
+        return cls(linears, head, attention, dtype, kv_bytes, (n_weights - inside) * size, n_weights, tied)
+
+    @property
+    def linear_bytes(self) -> float:
+        """Of the stored weights of all linears of blocks."""
+        return sum(group.count * group.stored_bytes for group in self.linears)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all stored weights."""
+        head = self.head.stored_bytes if self.head and not self.head_is_embedding else 0
+        return self.linear_bytes + self.other_bytes + head
+
+    def cache_bytes(self, batch: int, context: int) -> float:
+        """Of the keys and values of ``batch`` sequences of ``context`` tokens."""
+        return batch * self.attention.cached(context, self.kv_bytes)
+
+    def prefill(self, batch: int, prompt: int) -> Iterator[Work]:
+        """Kernels of the step that reads the prompts: linears, then what sparsity leaves as it is."""
+        yield from (group.work(batch * prompt, self.dtype) for group in self.linears)
+        yield from self.rest_of_prefill(batch, prompt)
+
+    def decode(self, batch: int, context: float) -> Iterator[Work]:
+        """Kernels of a step that adds a token to sequences of ``context`` tokens: linears, then the rest."""
+        yield from (group.work(batch, self.dtype) for group in self.linears)
+        yield from self.rest_of_decode(batch, context)
+
+    def rest_of_prefill(self, batch: int, prompt: int) -> Iterator[Work]:
+        """Attention, and logits of the last token of each prompt."""
+        each = self.attention
+        flops = batch * 4.0 * each.n_heads * each.head_dim * each.seen_by_all(prompt)
+        yield self._attend(flops, self.cache_bytes(batch, prompt))
+        yield from self._logits(batch)
+
+    def rest_of_decode(self, batch: int, context: float) -> Iterator[Work]:
+        """Attention, which reads all keys and values, and logits."""
+        each = self.attention
+        flops = batch * 4.0 * each.n_heads * each.head_dim * each.seen(context)
+        yield self._attend(flops, batch * each.cached(context, self.kv_bytes))
+        yield from self._logits(batch)
+
+    def _attend(self, flops: float, n_bytes: float) -> Work:
+        # Attention is computed in 16 bits where weights are in 8.
+        return Work(n_bytes, flops, self.dtype if DTYPE_BYTES[self.dtype] > 1 else "bfloat16")
+
+    def _logits(self, tokens: int) -> Iterator[Work]:
+        if self.head:
+            yield self.head.work(tokens, self.dtype)
+
+
+def total(works: Iterable[Work], device: Device) -> Bound:
+    """The least time for kernels that run one after the other; the limit is what sets most of it."""
+    parts: dict[Limit, float] = {"bandwidth": 0.0, "compute": 0.0}
+    for work in works:
+        seconds, limit = bound(work, device)
+        parts[limit] += seconds
+    return Bound(sum(parts.values()), "bandwidth" if parts["bandwidth"] >= parts["compute"] else "compute")
+
+
+def step_roof(model: ModelWork, device: Device, prompt_tokens: int, batch: int = 1, new_tokens: int = 1) -> Roof:
+    """The least times of a generation.
+
+    Args:
+        model: its work.
+        device: published or measured.
+        prompt_tokens: of each sequence.
+        batch: sequences at once.
+        new_tokens: of each sequence; the time per token is that of the mean length.
+
+    Raises:
+        UsageError: the device has no known peak for the model's type.
+    """
+    first = total(model.prefill(batch, prompt_tokens), device)
+    further = total(model.decode(batch, prompt_tokens + (new_tokens + 1) / 2), device)
+    return Roof(first.seconds, further.seconds, first.limited_by, further.limited_by)
+
+
+def _expert(spec: LinearSpec) -> str | int | None:
+    """What tells an expert of a mixture from the others of its block; None where a linear is in none."""
+    if spec.expert is not None:
+        return spec.expert
+    found = _EXPERT.search(spec.name)
+    return found[0] if found else None
+
+
+def _head(model: Any, size: int) -> tuple[LinearGroup | None, bool]:
+    """The product that gives logits, and whether its weight is the embedding's."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        return None, False
+    n_out, n_in = weight.shape
+    tied = weight is getattr(model.get_input_embeddings(), "weight", None)
+    return LinearGroup("lm_head", n_out, n_in, 1, DENSE, float(n_out * n_in * size)), tied

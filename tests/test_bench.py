@@ -1,0 +1,234 @@
+"""Whole runs of ``sparsify bench`` on tiny models, and what it does when something fails on the way."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsify import manifest
+from sparsify.bench.records import Records, read, writer
+from sparsify.bench.request import Request, Scenario
+from sparsify.bench.run import run
+from sparsify.bench.subjects import identify
+from sparsify.bench.workers import WorkerProcess
+from sparsify.errors import MeasurementError, ModelError, UsageError
+from sparsify.roofline.devices import Device
+from sparsify.runtimes import Runtime
+from tests.conftest import Run, refuse
+
+SMALL = ("--prompt", 8, "--new", 3, "--rounds", 6, "--batch", 2, "--dtype", "float32", "--threads", 1)
+SCENARIO = Scenario(8, 3, 1)
+CEILINGS = Device("here", "some CPU", 1e10, {"float32": 1e11}, {}, 1 << 34, "made up", kind="cpu", how="measured")
+
+
+@pytest.fixture(scope="module")
+def artifacts(cli: Run, random_models: Callable[[str], Path], ids_file: str, tmp_path_factory: Any) -> Path:
+    """A folder with ``pruned`` and ``vllm`` of the tiny llama."""
+    root: Path = tmp_path_factory.mktemp("artifacts")
+    pruned = root / "pruned"
+    model = random_models("llama")
+    options = ("--pattern", "2:4", "--method", "magnitude", "--calibration", ids_file)
+    assert cli("prune", model, *options, "--out", pruned).returncode == 0
+    assert cli("export", pruned, "--target", "vllm", "--out", root / "vllm").returncode == 0
+    return root
+
+
+@pytest.fixture
+def dense(random_models: Callable[[str], Path]) -> Path:
+    return random_models("llama")
+
+
+def request(**changes: Any) -> Request:
+    runtime = Runtime(dtype="float32", threads=1)
+    return Request(**{"scenarios": (SCENARIO,), "runtimes": ("torch",), "runtime": runtime, "rounds": 2, **changes})
+
+
+def measure(out: Path, candidates: list[Path], dense: Path, asked: Request) -> tuple[int, Records]:
+    subjects = identify([str(dense), *map(str, candidates)])
+    with writer(out) as to:
+        failed = run(subjects[1:], subjects[:1], asked, to, command=["test"], ceilings=CEILINGS)
+    return failed, read([out])
+
+
+def test_a_whole_run(cli: Run, artifacts: Path, dense: Path, ids_file: str, tmp_path: Path) -> None:
+    out = tmp_path / "records.jsonl"
+    options = ("--text", ids_file, "--windows", 3, "--length", 20, "--kernel-tokens", 2, "--out", out, "--json")
+    done = cli("bench", artifacts / "vllm", "--baseline", dense, "--kernel", "packed", *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    records = read([out])
+    assert json.loads(done.stdout)["failed"] == 0
+    assert [len(records.of(kind)) for kind in ("run", "artifact", "latency", "memory", "perplexity", "end")] == [
+        1, 2, 2, 2, 2, 1
+    ]  # fmt: skip
+    base, sparse = records.of("latency")
+    assert (base["artifact"], base["baseline"]) == ("llama", None)
+    assert (sparse["artifact"], sparse["baseline"], sparse["asked_sparse"]) == ("vllm", "llama", True)
+    # What engaged, not what was asked: seven linears of each of the two blocks.
+    assert list(sparse["engaged"].values()).count("packed") == 14
+    assert set(base["engaged"].values()) == {"dense"}
+    assert base["trace_sha256"] == sparse["trace_sha256"]
+    assert [each["again"] for each in base["rounds"]].count(True) == 6 == len(sparse["rounds"])
+    places = [(each["round"] % 2, each["position"]) for each in base["rounds"] if not each["again"]]
+    assert set(places) == {(0, 0), (1, 2)}
+    assert all(len(each["ttft_s"]) == 2 and len(each["gaps_s"][1]) == 2 for each in sparse["rounds"])
+    assert base["roof"]["tpot_s"] > sparse["roof"]["tpot_s"] > 0
+    memory = records.of("memory")[1]
+    assert memory["peak_resident_bytes"] >= memory["loaded_resident_bytes"] > memory["weights_resident_bytes"] > 0
+    assert records.of("kernel")
+
+
+def test_perplexity_is_that_of_eval(cli: Run, artifacts: Path, dense: Path, ids_file: str, tmp_path: Path) -> None:
+    out, text = tmp_path / "records.jsonl", ("--text", ids_file, "--windows", 3, "--length", 20)
+    pruned = artifacts / "pruned"
+    assert cli("bench", pruned, "--baseline", dense, *SMALL, *text, "--no-kernels", "--out", out).returncode == 0
+    found = {each["artifact"]: each for each in read([out]).of("perplexity")}
+    done = cli("eval", pruned, *text, "--against", dense, "--runtime", "torch", "--json")
+    alone = json.loads(done.stdout)
+    assert found["pruned"]["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+    assert found["pruned"]["kl"]["mean_nats"] == pytest.approx(alone["kl_to_reference"]["mean_nats"], rel=1e-4)
+    assert found["pruned"]["kl"]["reference"] == "llama"
+    # The dense model against itself in another process: what the numbers alone are worth.
+    assert abs(found["llama"]["kl"]["mean_nats"]) < 1e-6
+
+
+def test_a_runtime_that_dies_leaves_what_was_finished(
+    artifacts: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = WorkerProcess.ask_all
+    asked: list[str] = []
+
+    def dying(self: WorkerProcess, do: str, /, **arguments: Any) -> Iterator[dict[str, Any]]:
+        if do == "stream" and self.name.startswith("pruned"):
+            asked.append(do)
+            if len(asked) == 5:  # in the second scenario: each has a warm-up call and two rounds
+                os.kill(self.pid, signal.SIGKILL)
+        return ask(self, do, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "ask_all", dying)
+    two = request(scenarios=(SCENARIO, Scenario(9, 3, 1)))
+    failed, records = measure(tmp_path / "r.jsonl", [artifacts / "pruned", artifacts / "vllm"], dense, two)
+    assert failed == 1
+    (missing,) = records.of("missing")
+    assert "killed by SIGKILL" in missing["why"]
+    assert (missing["artifact"], missing["scenario"]["prompt_tokens"], missing["failed"]) == ("pruned", 9, True)
+    finished = [(each["artifact"], each["scenario"]["prompt_tokens"]) for each in records.of("latency")]
+    assert finished == [("llama", 8), ("pruned", 8), ("vllm", 8), ("llama", 9), ("vllm", 9)]
+    assert [each["artifact"] for each in records.of("memory")] == ["llama", "vllm"]
+    assert records.of("end")[0]["failed"] == 1
+
+
+def test_a_runtime_that_hangs_is_ended(
+    artifacts: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = WorkerProcess.ask_all
+    stopped: list[int] = []
+
+    def hanging(self: WorkerProcess, do: str, /, **arguments: Any) -> Iterator[dict[str, Any]]:
+        if do == "stream" and self.name.startswith("pruned") and not stopped:
+            stopped.append(self.pid)
+            self._timeout_s = 0.5
+            os.kill(self.pid, signal.SIGSTOP)
+        return ask(self, do, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "ask_all", hanging)
+    failed, records = measure(tmp_path / "r.jsonl", [artifacts / "pruned"], dense, request())
+    assert failed == 1
+    assert "no answer for 0.5 s; raise --timeout" in records.of("missing")[0]["why"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(stopped[0], 0)
+
+
+def test_nan_is_not_measured(cli: Run, artifacts: Path, dense: Path, ids_file: str, tmp_path: Path) -> None:
+    broken, out = tmp_path / "nan", tmp_path / "records.jsonl"
+    broken.mkdir()
+    for path in (artifacts / "pruned").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    body = manifest.read(broken)
+    shard = next(path for path in broken.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, shard, metadata={"format": "pt"})
+    manifest.write(broken, {key: value for key, value in body.items() if key != "files"})
+    options = ("--text", "none", "--no-kernels", "--out", out)
+    refuse(cli("bench", broken, "--baseline", dense, *SMALL, *options), 10, str(out), "1 measurements failed")
+    (missing,) = read([out]).of("missing")
+    assert "NaN or Inf" in missing["why"]
+    assert [each["artifact"] for each in read([out]).of("latency")] == ["llama"]
+
+
+def test_bad_requests_are_refused_before_anything_runs(
+    cli: Run, artifacts: Path, dense: Path, tmp_path: Path, prune: Run
+) -> None:
+    out, pruned = tmp_path / "records.jsonl", artifacts / "pruned"
+
+    def bench(*options: Any, artifact: Path = pruned, baseline: Path = dense) -> Any:
+        return cli("bench", artifact, "--baseline", baseline, "--text", "none", "--out", out, *options)
+
+    refuse(bench("--rounds", 0), 2, "--rounds 0")
+    refuse(bench("--prompt", 0), 2, "--prompt 0 is below 1")
+    refuse(bench("--runtime", "tpu"), 2, "'tpu'", "torch")
+    refuse(bench("--runtime", "onnxruntime"), 2, "opens none of these artifacts", "checkpoint")
+    refuse(bench("--timeout", 0), 2, "--timeout")
+    refuse(bench("--device", "tpu"), 2, "tpu")
+    refuse(bench("--kernel-tokens", 0), 2, "--kernel-tokens")
+    refuse(bench(baseline=pruned.parent / "vllm"), 2, "was pruned itself")
+    refuse(bench(artifact=tmp_path), 3, "holds neither")
+    refuse(bench("--task", "none_such", "--task-files", tmp_path), 2, "none_such")
+    assert not out.exists()
+    out.write_text("something of somebody's\n")
+    refuse(bench(), 5, str(out), "no file of records")
+    refuse(bench("--overwrite"), 5, str(out), "no file of records")
+    assert out.read_text() == "something of somebody's\n"
+
+
+def test_a_scenario_longer_than_the_model_fails_by_itself(artifacts: Path, dense: Path, tmp_path: Path) -> None:
+    asked = request(scenarios=(Scenario(8, 3, 1),), windows=None, runtime=Runtime(dtype="float32", kernel="nosuch"))
+    failed, records = measure(tmp_path / "r.jsonl", [artifacts / "pruned"], dense, asked)
+    assert failed == 2
+    assert all("nosuch" in each["why"] for each in records.of("missing"))
+    assert not records.of("latency")
+
+
+def test_what_a_worker_raises_comes_as_it_is(tmp_path: Path) -> None:
+    import sys
+
+    with WorkerProcess("w", python=sys.executable, variables={}, timeout_s=60) as worker:
+        with pytest.raises(ModelError, match=r"no such folder|config\.json"):
+            worker.ask("open", path=str(tmp_path / "absent"), runtime={"name": "torch"}, vocab_size=8,
+                       trust_remote_code=False)  # fmt: skip
+        with pytest.raises(UsageError, match="is unknown"):
+            worker.ask("dance")
+        pid = worker.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    with pytest.raises(UsageError, match="cannot start"):
+        WorkerProcess("w", python=str(tmp_path / "python"), variables={}, timeout_s=60)
+    false = tmp_path / "false"
+    false.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'sparsify'\" >&2\nexit 3\n")
+    false.chmod(0o755)
+    with (
+        WorkerProcess("w", python=str(false), variables={}, timeout_s=60) as worker,
+        pytest.raises(MeasurementError, match="sparsify is not installed for"),
+    ):
+        worker.ask("ceilings", device="cpu")
+
+
+def test_windows_reach_the_worker_as_they_are(artifacts: Path, dense: Path, tmp_path: Path) -> None:
+    from sparsify.data import Windows
+
+    windows = Windows(np.arange(3, 63, dtype=np.int64).reshape(3, 20), "made", False, None)
+    failed, records = measure(
+        tmp_path / "r.jsonl", [artifacts / "pruned"], dense, request(scenarios=(), windows=windows)
+    )
+    assert failed == 0
+    text = records.of("perplexity")[0]["text"]
+    assert text == {
+        "source": "made", "windows": 3, "length": 20, "stride": 20, "bos": False, "sha256": windows.sha256
+    }  # fmt: skip
