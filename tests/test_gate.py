@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,9 @@ def test_too_few_rounds_and_rounds_not_in_turn_show_nothing(tmp_path: Path, reco
 
 
 def test_what_ran_dense_has_no_speedup_to_show(records: Records) -> None:
-    for engaged in ({"model.layers.0.mlp.down_proj": "dense"}, {"a": "unknown (TensorRT EP)"}, {}):
-        dense = changed(records, "latency", "half", lambda record, ran=engaged: record.update(engaged=ran))
+    ran: tuple[dict[str, str], ...] = ({"a.down_proj": "dense"}, {"a": "unknown (TensorRT EP)"}, {})
+    for engaged in ran:
+        dense = changed(records, "latency", "half", partial(dict.update, engaged=engaged))
         found = held(dense, rules.speedup("1.1"))
         assert {each.artifact for each in found if not each.passed} == {"half"}
         assert all("no sparse kernel" in each.why for each in found if not each.passed)

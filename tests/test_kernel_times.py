@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.benchmark import Timer
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from agreement_kernels import compared
 
 from sparsify import manifest
 from sparsify.bench import product_times
@@ -291,3 +296,12 @@ def test_every_copy_is_multiplied_by() -> None:
         with pytest.raises(IndexError):
             call(products.n_copies)
         assert Timer("call(0)", globals={"call": call}).timeit(3).median > 0
+
+
+def test_the_comparison_with_an_independent_timer_has_every_way() -> None:
+    rows = compared((32, 64), 2, 6, SMALL)
+    assert {row["way"] for row in rows} == Products(weight(), SMALL).calls(torch.randn(2, 64).bfloat16()).keys()
+    for row in rows:
+        assert len(row["ratios"]) == row["ours_us"]["n"] == row["torch_us"]["n"] == 6
+        low, high = row["ratio_interval"]
+        assert low <= row["ratio"]["median"] <= high

@@ -66,7 +66,7 @@ RANKS = [
         f"sparsify.bench.{part}"
         for part in ("accuracy", "host", "latency", "process_memory", "request", "roofs", "run")
     }
-    | {f"sparsify.bench.{part}" for part in ("stream_times", "subjects", "worker", "workers")}
+    | {f"sparsify.bench.{part}" for part in ("rounds", "stream_times", "subjects", "worker", "workers")}
     | {"sparsify.bench.kernel_times", "sparsify.bench.product_times"},
     {f"sparsify.report.{part}" for part in ("pairs", "wording", "rules", "asked", "findings", "gate")}
     | {"sparsify.report", "sparsify.report.summary", "sparsify.report.markdown", "sparsify.report.page"}

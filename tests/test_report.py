@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import typer
 from scipy import stats
 from typer.testing import CliRunner
 
-from sparsify.bench.records import read, writer
+from sparsify.bench.record_check import KINDS
+from sparsify.bench.records import Records, check, read, writer
 from sparsify.errors import DataError, MissingExtraError, OutputError, UsageError
 from sparsify.report import markdown, page
 from sparsify.report.drawing import Figure, draw
@@ -194,11 +196,11 @@ def test_bytes_and_linears_follow_from_the_lines(example: Path) -> None:
     assert summary["kernels"]
     for row in summary["kernels"]:
         (record,) = lines_of(example, row["from"])
-        dense, sparse = (np.array(record["kernels"][name]["samples_us"]) for name in ("dense torch", "native"))
+        slow, fast = (np.array(record["kernels"][name]["samples_us"]) for name in ("dense torch", "native"))
         native = next(each for each in row["kernels"] if each["kernel"] == "native")
-        assert native["speedup"]["ratio"] == pytest.approx(np.median(dense / sparse))
-        assert (native["speedup"]["low"], native["speedup"]["high"]) == pytest.approx(interval(dense / sparse))
-        assert native["roof_fraction"] == pytest.approx(record["kernels"]["native"]["roof_us"] / np.median(sparse))
+        assert native["speedup"]["ratio"] == pytest.approx(np.median(slow / fast))
+        assert (native["speedup"]["low"], native["speedup"]["high"]) == pytest.approx(interval(slow / fast))
+        assert native["roof_fraction"] == pytest.approx(record["kernels"]["native"]["roof_us"] / np.median(fast))
         assert row["roof_speedup"] == pytest.approx(16 / 9)
 
 
@@ -488,7 +490,7 @@ def test_command_writes_reports_and_replaces_only_its_own(tmp_path: Path, exampl
     out = tmp_path / "a" / "out"
     result = CliRunner().invoke(app, [str(example), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("Of 2 candidates, both are faster than dense somewhere")
+    assert result.output.startswith("Of 2 candidates, both are faster than dense with sparse kernels")
     assert "DENSE" in result.output
     names = {f"report.{name}" for name in FORMATS}
     assert {path.name for path in out.iterdir()} == names
@@ -525,3 +527,21 @@ def test_command_refuses_what_it_cannot_use(tmp_path: Path, example: Path) -> No
 def test_command_prints_the_summary_as_json(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report_command([example], json=True)
     assert json.loads(capsys.readouterr().out) == summary_of(example)
+
+
+def test_documented_record_is_one_and_every_kind_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
+    section = text.split("## Records of measurements", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("{")]
+    assert lines
+    for line in lines:
+        check(json.loads(line), "docs/formats.md")
+    documented = {line.split("`")[1] for line in section.splitlines() if line.startswith("| `")}
+    assert documented >= {*KINDS}
+    keys = {key for line in section.splitlines() if line.startswith("| `") for key in re.findall(r"`(\w+)`", line)}
+    assert summary_keys() <= keys
+
+
+def summary_keys() -> set[str]:
+    nothing = summarise(Records((), ()))
+    return set(nothing) - {"format"}

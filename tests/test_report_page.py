@@ -116,7 +116,7 @@ def test_page_is_seen_and_printed(browse: Browse, html: str, tmp_path: Path) -> 
         assert image.size == (1280, 2400)
         colours = image.convert("RGB").getcolors(1 << 24)
     assert colours is not None
-    counts = {colour: n for n, colour in colours}  # type: ignore[misc]
+    counts = {colour: n for n, colour in colours}
     white = counts[(255, 255, 255)] / (1280 * 2400)
     assert 0.5 < white < 0.97
     # The red of what ran dense, and the blue of the first candidate.

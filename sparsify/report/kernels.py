@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import median_interval
+from sparsify.report.pairs import runs_sparse
 
 _KEYS = (
     "artifact", "device", "linear", "linears", "shape", "pattern", "density", "dtype", "tokens", "threads",
@@ -43,7 +44,7 @@ def _kernel(record: Record, name: str) -> dict[str, Any]:
     samples, roof = times["samples_us"], times["roof_us"]
     return {
         "kernel": name,
-        "dense": name == record["best_dense"] or name.startswith("dense"),
+        "dense": name == record["best_dense"] or not runs_sparse(name),
         "median_us": times["median_us"],
         "min_us": min(samples),
         "max_us": max(samples),

@@ -42,15 +42,14 @@ def sentences(summary: dict[str, Any]) -> list[dict[str, Any]]:
         text = "; ".join(part["text"] for part in parts) or f"was not timed as a whole{_linears(summary, made)}"
         if not any(part["accuracy"] for part in parts):
             text += f"; {_accuracy_anywhere(summary, made)}"
+        gains = [part for part in parts if part["gains"]]
         unfinished = not summary["runs"][made["run"] - 1]["finished"]
         found.append(
             {
                 "run": made["run"],
                 "artifact": made["artifact"],
                 "sentence": f"{made['artifact']} {text}{' (the run did not finish)' if unfinished else ''}.",
-                "best": max(
-                    (part for part in parts if part["gains"]), key=lambda part: float(part["ratio"]), default=None
-                ),
+                "best": max(gains, key=lambda part: float(part["ratio"]), default=None),
                 "dense_in": [part["runtime"] for part in parts if part["state"] == "DENSE"],
                 "from": sorted({source for part in parts for source in part["from"]}),
             }
@@ -70,12 +69,11 @@ def verdict(summary: dict[str, Any]) -> str:
     text = f"Of {len(each)} candidates{runs}, none is shown to be faster than dense with sparse kernels"
     if best:
         most = max(best, key=lambda entry: float(entry["best"]["ratio"]))
-        count = (
-            ("both" if len(each) == 2 else "all") + " are"
-            if len(best) == len(each)
-            else f"{len(best)} {'is' if len(best) == 1 else 'are'}"
-        )
-        text = f"Of {len(each)} candidates{runs}, {count} faster than dense somewhere, most {most['artifact']}: it "
+        count = f"{len(best)} {'is' if len(best) == 1 else 'are'}"
+        if len(best) == len(each):
+            count = "both are" if len(each) == 2 else "all are"
+        text = f"Of {len(each)} candidates{runs}, {count} faster than dense with sparse kernels, "
+        text += f"{most['artifact']} most: it "
         text += str(most["best"]["full"])
     dense: dict[str, list[str]] = {}
     for entry in each:
