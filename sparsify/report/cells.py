@@ -11,7 +11,7 @@ from sparsify.report import wording
 Row = dict[str, Any]
 Mark = Literal["", "good", "bad", "quiet"]
 # Words longer than this have to be broken, and lines shorter than this need not be.
-_LONG, _SHORT = 20, 22
+_LONG, _SHORT = 20, 24
 
 
 @dataclass(frozen=True)

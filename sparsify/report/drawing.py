@@ -21,6 +21,8 @@ HATCHES = ("", "///", "\\\\\\", "xxx", "...", "+++", "---")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _BASELINE = ("#000000", "o")
 _LONGEST = 28
+# Inches.
+_LEGEND_ROW = 0.19
 
 STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
@@ -94,9 +96,12 @@ def short(label: str) -> str:
 
 
 def legend(axes: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend below ``axes``; matplotlib would drop labels that begin with an underscore."""
-    columns = next((n for n, longest in ((4, 9), (3, 14), (2, 22)) if max(map(len, labels)) <= longest), 1)
-    made = axes.figure.legend(
+    """A legend below ``axes``, in room of its own; matplotlib would drop labels that begin with an underscore."""
+    longest = max(len(short(label)) for label in labels)
+    columns = next(n for n, most in ((4, 9), (3, 14), (2, _LONGEST)) if longest <= most)
+    canvas = axes.figure
+    canvas.set_figheight(canvas.get_figheight() + _LEGEND_ROW * (-(-len(labels) // columns) - 1))
+    made = canvas.legend(
         handles, [str(i) for i in range(len(labels))], loc="outside lower center", ncols=min(columns, len(labels))
     )
     for entry, label in zip(made.get_texts(), labels, strict=True):

@@ -10,7 +10,7 @@ from sparsify.report.drawing import Figure, draw, legend, looks
 Row = dict[str, Any]
 _SAME = ("run", "artifact", "device", "pattern", "density", "dtype")
 # More lines in one figure would not be told apart.
-_MOST = 5
+_MOST = 6
 
 
 def linear_figures(summary: dict[str, Any]) -> list[Figure]:
@@ -24,8 +24,9 @@ def linear_figures(summary: dict[str, Any]) -> list[Figure]:
     found: list[Figure] = []
     for group, linears in groups.items():
         names = list(linears)
-        for start in range(0, len(names), _MOST):
-            some = {name: sorted(linears[name], key=_tokens) for name in names[start : start + _MOST]}
+        step = -(-len(names) // -(-len(names) // _MOST))
+        for start in range(0, len(names), step):
+            some = {name: sorted(linears[name], key=_tokens) for name in names[start : start + step]}
             found.append(_figure(f"linears{len(found)}", group, some, several=len(summary["runs"]) > 1))
     return found
 
@@ -39,11 +40,11 @@ def _figure(
     key: str, group: tuple[Any, ...], linears: dict[str, list[tuple[Row, dict[str, Any]]]], *, several: bool
 ) -> Figure:
     run, artifact, device, pattern, density, dtype = group
-    title = f"Single linears of {artifact} on {device}{f', run {run}' if several else ''}"
+    title = f"Single linears of {artifact}, {pattern}, on {device}{f', run {run}' if several else ''}"
     each = [entry for entries in linears.values() for entry in entries]
     ratios = sorted(shown["speedup"]["ratio"] for _, shown in each)
     caption = (
-        f"{pattern}, {wording.share(density)} kept, {dtype}. Upright bars are 95 % intervals, level ones of the same "
+        f"{wording.share(density)} kept, {dtype}. Upright bars are 95 % intervals, level ones of the same "
         "colour the roof: the gain if both products ran as fast as the device allows. White: auto runs dense there."
     )
     details = f"The ratios go from {wording.times(ratios[0])} to {wording.times(ratios[-1])}."
@@ -81,7 +82,7 @@ def _figure(
 
     head = ("Linear", "Shape", "Tokens", "Kernel", "Ratio", "95 % interval", "Roof of the ratio", "Auto runs")
     rows = tuple(_row(row, shown) for row, shown in each)
-    return draw(Figure(key, title, caption, details, head, rows), fill, height=3.0 + 0.2 * len(linears))
+    return draw(Figure(key, title, caption, details, head, rows), fill, height=3.4)
 
 
 def _label(name: str, row: Row) -> str:
