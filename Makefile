@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/sparsify prune-and-export smollm2-135m $(DEMO_ARGS) --target hf --target onnx --out build/demo --overwrite
 
 # The demo's artifacts against its dense model; in vLLM too where `make test` or `make test-vllm` has installed it.
-BENCH_ARGS ?= --prompt 128 --new 32 --batch 1 --batch 4
+BENCH_ARGS ?= --prompt 128 --new 16 --batch 1 --rounds 6 --windows 4
 bench: install build/demo/report.json
 	test -d build/demo/vllm || $(BIN)/sparsify export build/demo/hf --target vllm --out build/demo/vllm
 	$(BIN)/sparsify bench build/demo/vllm build/demo/onnx --baseline smollm2-135m $(BENCH_ARGS) \

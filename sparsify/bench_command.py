@@ -44,6 +44,12 @@ def bench_command(
         typer.Option(help="Prompts at once, for a server requests at once; repeatable.", show_default="1, 4"),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of each combination; a difference can be claimed from 6 on.")] = 7,
+    twin: Annotated[
+        bool,
+        typer.Option(
+            "--twin/--no-twin", help="Hold the baseline twice; without, there is no noise to compare with and no claim."
+        ),
+    ] = True,
     warm_up: Annotated[int, typer.Option(help="Calls before them that do not count.")] = 1,
     text: Annotated[str, typer.Option(help="Text for perplexity, as --calibration of prune; none to skip.")] = "pydoc",
     windows: Annotated[int, typer.Option(help="Windows of text, from its start.")] = 8,
@@ -89,7 +95,7 @@ def bench_command(
         typer.Option(
             "--eager/--compiled",
             help="vllm: without or with torch.compile and CUDA graphs.",
-            show_default="compiled on CUDA, else eager",
+            show_default="compiled where there is a GPU",
         ),
     ] = None,
     allow_fallback: Annotated[
@@ -117,6 +123,7 @@ def bench_command(
         raise UsageError(f"--timeout {timeout:g}: want seconds above 0")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is below 1")
+    from sparsify.bench.host import gpu
     from sparsify.bench.records import writer
     from sparsify.bench.request import Request, grid
     from sparsify.extras import require
@@ -125,7 +132,7 @@ def bench_command(
     scenarios = grid(prompt or (128, 512), new or (32,), batch or (1, 4))
     require("bench", "sparsify bench")
     check_device(device or "cpu")
-    on_gpu = (device or "cpu").startswith("cuda")
+    on_gpu = gpu() is not None
     runtimes = _runtimes(runtime, python)
     options = Runtime(
         dtype=dtype, kernel=kernel, tensor_parallel=tensor_parallel, provider=provider, threads=threads,
@@ -133,7 +140,8 @@ def bench_command(
         eager=not on_gpu if eager is None else eager,
     )  # fmt: skip
     request = Request(
-        scenarios, runtimes, options, rounds=rounds, warm_up=warm_up, seed=seed, stride=stride, python=python,
+        scenarios, runtimes, options, rounds=rounds, twin=twin, warm_up=warm_up, seed=seed, stride=stride,
+        python=python,
         kernel_tokens=tuple(dict.fromkeys(kernel_tokens or _KERNEL_TOKENS)) if kernels else (), timeout_s=timeout,
         trust_remote_code=trust_remote_code, task_limit=task_limit,
     )  # fmt: skip
@@ -142,7 +150,7 @@ def bench_command(
     from dataclasses import replace
 
     from sparsify.baselines import dense_graphs
-    from sparsify.bench.accuracy import task_length
+    from sparsify.bench.accuracy import load_tokenizer, task_length
     from sparsify.bench.run import run
     from sparsify.bench.subjects import check_baseline, identify
     from sparsify.console import print_json, print_line, progress_bars
@@ -161,6 +169,7 @@ def bench_command(
         if task:
             from sparsify.bench.zero_shot_tasks import load_tasks
 
+            load_tokenizer(folder, trust_remote_code=trust_remote_code)
             # vLLM has to see the last token too, which it does not predict from.
             request = replace(request, tasks=load_tasks(task, task_files), task_length=task_length(folder) + 1)
         if text != "none":

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 class Bars:
@@ -73,14 +74,21 @@ def print_json(value: Any) -> None:
     sys.stdout.write("\n")
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table on stdout; columns of figures are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+# Cells that nobody should read past: red where the terminal has colours.
+_ALARMING = frozenset(("DENSE", "UNKNOWN", "SPARSE", "FAIL"))
+
+
+def print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, *, lines: bool = True
+) -> None:
+    """A table on stdout; columns of figures are right-aligned; without ``lines`` more fits into a narrow terminal."""
+    plain: dict[str, Any] = {} if lines else {"box": None, "pad_edge": False}
+    table = Table(title=title, title_justify="left", title_style="bold", **plain)
     for i, name in enumerate(head):
         numeric = bool(rows) and all(row[i][:1].isdigit() or not row[i] for row in rows) and any(row[i] for row in rows)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell, style="bold red") if cell in _ALARMING else cell for cell in row))
     Console(highlight=False, markup=False, emoji=False).print(table)
 
 

@@ -59,6 +59,7 @@ def plan_command(
     from sparsify.console import print_json, progress_bars
     from sparsify.model import load_skeleton
     from sparsify.roofline.calibration import raised
+    from sparsify.roofline.config import check_size
     from sparsify.roofline.devices import dtype_name
     from sparsify.roofline.plan import check, plan
     from sparsify.roofline.verdict import notes, verdicts
@@ -72,6 +73,7 @@ def plan_command(
     check(patterns, batches, *lengths)
     with progress_bars("nothing was written") as progress:
         folder = resolve(named, weights=False).folder
+        check_size(folder)
         skeleton = load_skeleton(folder, trust_remote_code=trust_remote_code, weights=False)
         for text in skeleton.notices:
             progress.notice(text)
@@ -148,9 +150,9 @@ def _print(made: Plan) -> None:
     sources = _Sources()
     rows = (*made.steps, *made.alternative)
     print_table(
-        ("step", "batch", "dense, at least", *dict.fromkeys(row.pattern for row in rows)),
+        ("step", "batch", "dense", *dict.fromkeys(row.pattern for row in rows)),
         [
-            (_phase(made, same[0]), str(same[0].batch), _time(same[0].dense_s), *(_step(row, sources) for row in same))
+            (_phase(made, same[0]), str(same[0].batch), _dense(same[0]), *(_step(row, sources) for row in same))
             for same in _grouped(rows, lambda row: (row.phase, row.batch))
         ],
         title="PREDICTED for whole steps: dense time / pruned time",
@@ -216,9 +218,11 @@ def _cells(rows: Sequence[LinearGain], tokens: Iterable[str], sources: _Sources)
 
 
 def _gain(low: float, high: float, marks: Sequence[str], *, roof_only: bool) -> str:
+    from sparsify.roofline.prediction import span
+
     if roof_only:
         return f"up to {high:.2f}" if high >= 1.005 else "1.00"
-    return " ".join([f"{low:.2f} to {high:.2f}", *dict.fromkeys(marks)])
+    return " ".join([span(low, high), *dict.fromkeys(marks)])
 
 
 def _sentence(text: str) -> str:
@@ -249,5 +253,7 @@ class _Sources:
         return [f"[{i}] {basis}" for i, basis in enumerate(self._found, 1)]
 
 
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+def _dense(step: StepGain) -> str:
+    seconds = step.dense_s
+    time = f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{'≈' if step.dense_is_measured else '≥'} {time}"

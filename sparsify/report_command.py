@@ -37,7 +37,7 @@ def report_command(
     from sparsify.bench.records import read
     from sparsify.console import print_json, print_line, print_table
     from sparsify.report.summary import summarise
-    from sparsify.report.tables import overview
+    from sparsify.report.tables import brief
 
     if formats and out is None:
         raise UsageError("--format has no effect without --out; name a folder for the report")
@@ -57,10 +57,15 @@ def report_command(
     print_line(summary["verdict"])
     for warning in summary["warnings"]:
         print_line(f"! {warning['text']}")
-    table = overview(summary)
-    rows = [["\n".join(line.text for line in cell) for cell in row[:-1]] for row in table.rows]
+    if len(summary["verdicts"]) > 1:
+        for each in summary["verdicts"]:
+            print_line(f"- {each['sentence']}")
+    head, rows = brief(summary)
     if rows:
-        print_table(table.head[:-1], rows, title=table.title)
+        print_line("")
+        print_table(head, rows, lines=False)
+        print_line("speed: ratio to dense, paired by round (95 % interval)")
+        print_line("▲ faster, ▼ slower, = no difference shown, ? no claim")
     if out is not None:
         print_line(f"written: {', '.join(str(out / f'report.{name}') for name in chosen)}")
 

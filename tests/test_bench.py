@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify import manifest
+from sparsify.bench.process_memory import session_members
 from sparsify.bench.records import Records, read, writer
 from sparsify.bench.request import Request, Scenario
+from sparsify.bench.rounds import orders
 from sparsify.bench.run import run
 from sparsify.bench.subjects import identify
 from sparsify.bench.workers import WorkerProcess
-from sparsify.errors import MeasurementError, ModelError, UsageError
+from sparsify.errors import MeasurementError, ModelError, OutputError, UsageError
 from sparsify.roofline.devices import Device
 from sparsify.runtimes import Runtime
-from tests.conftest import Run, refuse
+from tests.conftest import Run, interrupt, refuse
 
 SMALL = ("--prompt", 8, "--new", 3, "--rounds", 6, "--batch", 2, "--dtype", "float32", "--threads", 1)
 SCENARIO = Scenario(8, 3, 1)
@@ -75,8 +80,9 @@ def test_a_whole_run(cli: Run, artifacts: Path, dense: Path, ids_file: str, tmp_
     assert set(base["engaged"].values()) == {"dense"}
     assert base["trace_sha256"] == sparse["trace_sha256"]
     assert [each["again"] for each in base["rounds"]].count(True) == 6 == len(sparse["rounds"])
-    places = [(each["round"] % 2, each["position"]) for each in base["rounds"] if not each["again"]]
-    assert set(places) == {(0, 0), (1, 2)}
+    for number in range(6):
+        places = [each["position"] for each in (*base["rounds"], *sparse["rounds"]) if each["round"] == number]
+        assert sorted(places) == [0, 1, 2]
     assert all(len(each["ttft_s"]) == 2 and len(each["gaps_s"][1]) == 2 for each in sparse["rounds"])
     assert base["roof"]["tpot_s"] > sparse["roof"]["tpot_s"] > 0
     memory = records.of("memory")[1]
@@ -107,7 +113,7 @@ def test_a_runtime_that_dies_leaves_what_was_finished(
     def dying(self: WorkerProcess, do: str, /, **arguments: Any) -> Iterator[dict[str, Any]]:
         if do == "stream" and self.name.startswith("pruned"):
             asked.append(do)
-            if len(asked) == 5:  # in the second scenario: each has a warm-up call and two rounds
+            if len(asked) == 7:  # in the second scenario: each has a warm-up call, and two in each of two rounds
                 os.kill(self.pid, signal.SIGKILL)
         return ask(self, do, **arguments)
 
@@ -180,7 +186,6 @@ def test_bad_requests_are_refused_before_anything_runs(
     refuse(bench("--kernel-tokens", 0), 2, "--kernel-tokens")
     refuse(bench(baseline=pruned.parent / "vllm"), 2, "was pruned itself")
     refuse(bench(artifact=tmp_path), 3, "holds neither")
-    refuse(bench("--task", "none_such", "--task-files", tmp_path), 2, "none_such")
     assert not out.exists()
     out.write_text("something of somebody's\n")
     refuse(bench(), 5, str(out), "no file of records")
@@ -188,21 +193,81 @@ def test_bad_requests_are_refused_before_anything_runs(
     assert out.read_text() == "something of somebody's\n"
 
 
-def test_a_scenario_longer_than_the_model_fails_by_itself(artifacts: Path, dense: Path, tmp_path: Path) -> None:
-    asked = request(scenarios=(Scenario(8, 3, 1),), windows=None, runtime=Runtime(dtype="float32", kernel="nosuch"))
+def test_a_runtime_that_cannot_start_is_recorded(artifacts: Path, dense: Path, tmp_path: Path) -> None:
+    asked = request(runtime=Runtime(dtype="float32", kernel="nosuch"))
     failed, records = measure(tmp_path / "r.jsonl", [artifacts / "pruned"], dense, asked)
-    assert failed == 2
+    assert failed == 3  # the baseline in both its processes, and the artifact
     assert all("nosuch" in each["why"] for each in records.of("missing"))
     assert not records.of("latency")
 
 
-def test_what_a_worker_raises_comes_as_it_is(tmp_path: Path) -> None:
-    import sys
+def test_a_scenario_longer_than_the_model_fails_by_itself(
+    cli: Run, artifacts: Path, dense: Path, tmp_path: Path
+) -> None:
+    graph = tmp_path / "onnx"
+    assert cli("export", artifacts / "pruned", "--target", "onnx", "--out", graph).returncode == 0
+    asked = request(scenarios=(SCENARIO, Scenario(62, 9, 1)), runtimes=("onnxruntime",))  # of 64 positions
+    failed, records = measure(tmp_path / "r.jsonl", [graph], dense, asked)
+    assert failed == 1
+    whys = {each["why"] for each in records.of("missing") if each["failed"]}
+    assert len(whys) == 1
+    assert "are more than the 64 the model takes" in whys.pop()
+    assert [each["scenario"]["prompt_tokens"] for each in records.of("latency")] == [8]
+    # Nothing dense of that kind was given.
+    assert any("no --baseline of this kind" in each["why"] for each in records.of("missing"))
+    (latency,) = records.of("latency")
+    assert latency["baseline"] is None
+    assert not any(each["again"] for each in latency["rounds"])
+    assert set(latency["engaged"].values()) == {"dense"}
 
+
+def test_a_dense_graph_is_made_for_a_graph(cli: Run, artifacts: Path, dense: Path, tmp_path: Path) -> None:
+    graph, out = tmp_path / "onnx", tmp_path / "records.jsonl"
+    assert cli("export", artifacts / "pruned", "--target", "onnx", "--out", graph).returncode == 0
+    command = ("bench", graph, "--baseline", dense, *SMALL, "--text", "none", "--no-kernels", "--out", out)
+    assert cli(*command).returncode == 0
+    base, sparse = read([out]).of("latency")
+    assert base["artifact"] == sparse["baseline"] == "dense-standard-fp32-cpu"
+    made = tmp_path / "records.jsonl.baselines" / base["artifact"] / "model.onnx"
+    before = made.stat().st_mtime_ns
+    assert cli(*command, "--append").returncode == 0
+    assert made.stat().st_mtime_ns == before
+    assert len(read([out]).of("run")) == 2
+
+
+def test_without_a_twin_nothing_is_claimed(artifacts: Path, dense: Path, tmp_path: Path) -> None:
+    from sparsify.report.pairs import comparison, pairs
+
+    failed, records = measure(tmp_path / "r.jsonl", [artifacts / "pruned"], dense, request(rounds=6, twin=False))
+    assert failed == 0
+    assert not any(each["again"] for each in records.of("latency")[0]["rounds"])
+    (pair,) = pairs(records)
+    found = comparison(pair, "total")
+    assert found is not None
+    assert found.claim == "too few rounds"
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_everybody_comes_after_everybody_else_alike(n: int) -> None:
+    found = orders(n, 4000, 7)
+    assert found == orders(n, 4000, 7) != orders(n, 4000, 8) or n == 1
+    line = [place for order in found for place in order]
+    assert all(sorted(order) == list(range(n)) for order in found)
+    if n > 1:
+        assert all(before != after for before, after in pairwise(line))
+    followers = Counter(pairwise(line))
+    expected = len(line) / max(1, n * (n - 1))
+    assert all(abs(count / expected - 1) < 0.1 for pair, count in followers.items() if pair[0] != pair[1])
+    if n != 2:  # two can only alternate
+        positions = Counter((place, order.index(place)) for order in found for place in order)
+        assert all(abs(count / (4000 / n) - 1) < 0.12 for count in positions.values())
+
+
+def test_what_a_worker_raises_comes_as_it_is(tmp_path: Path) -> None:
     with WorkerProcess("w", python=sys.executable, variables={}, timeout_s=60) as worker:
         with pytest.raises(ModelError, match=r"no such folder|config\.json"):
             worker.ask("open", path=str(tmp_path / "absent"), runtime={"name": "torch"}, vocab_size=8,
-                       trust_remote_code=False)  # fmt: skip
+                       probe=2, trust_remote_code=False)  # fmt: skip
         with pytest.raises(UsageError, match="is unknown"):
             worker.ask("dance")
         pid = worker.pid
@@ -232,3 +297,107 @@ def test_windows_reach_the_worker_as_they_are(artifacts: Path, dense: Path, tmp_
     assert text == {
         "source": "made", "windows": 3, "length": 20, "stride": 20, "bos": False, "sha256": windows.sha256
     }  # fmt: skip
+
+
+SAY = "#!/bin/bash\nfor last; do :; done\nread request\n{}\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "INFO engine ready",
+        "[1]",
+        '{"found": 3}',
+        '{"other": 1}',
+        '{"done": true}',
+        '{"found": {}}\n{"found": {}}\n{"done": true}',
+    ],
+)
+def test_what_is_no_answer_ends_the_worker_and_not_the_run(line: str, tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text(SAY.format(f"printf '%s\\n' '{line}' >&$last\nsleep 60"))
+    script.chmod(0o755)
+    worker = WorkerProcess("w", python=str(script), variables={}, timeout_s=60)
+    with worker, pytest.raises(MeasurementError, match="said what it should not"):
+        worker.ask("ceilings", device="cpu")
+
+
+def test_errors_of_other_names_are_measurement_errors(tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    for kind in ("OutputError", "annotations", "KeyError", "SparsifyErrors"):
+        script.write_text(SAY.format(f"""printf '{{"error": "why", "kind": "{kind}"}}\\n' >&$last"""))
+        script.chmod(0o755)
+        with (
+            WorkerProcess("w", python=str(script), variables={}, timeout_s=60) as worker,
+            pytest.raises(MeasurementError, match=r"^why$"),
+        ):
+            worker.ask("ceilings", device="cpu")
+
+
+@pytest.mark.parametrize("end", ["exit 3", "kill -9 $$"])
+def test_what_a_dead_worker_started_ends_too(end: str, tmp_path: Path) -> None:
+    # The child holds the pipe of the answers open, and has lost its parent.
+    script = tmp_path / "python"
+    script.write_text(SAY.format(f"sleep 600 & {end}"))
+    script.chmod(0o755)
+    with WorkerProcess("w", python=str(script), variables={}, timeout_s=60) as worker:
+        assert session_members(worker.pid)
+        with pytest.raises(MeasurementError, match="its process died"):
+            worker.ask("ceilings", device="cpu")
+        assert not session_members(worker.pid)
+
+
+def test_a_worker_does_not_run_what_lies_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit('hijacked')\n")
+    monkeypatch.chdir(tmp_path)
+    with (
+        WorkerProcess("w", python=sys.executable, variables={}, timeout_s=60) as worker,
+        pytest.raises(UsageError, match="is unknown"),
+    ):
+        worker.ask("dance")
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_tasks(
+    cli: Run, artifacts: Path, dense: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    out = tmp_path / "records.jsonl"
+    options = ("--text", "none", "--no-kernels", "--task", "arc_easy", "--task-files", tmp_path, "--out", out)
+    refuse(cli("bench", artifacts / "pruned", "--baseline", dense, *SMALL, *options), 3, "tokenizer")
+    assert not out.exists()
+
+
+def test_an_interrupted_run_keeps_what_is_finished(
+    cli: Run, artifacts: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "records.jsonl"
+    interrupt(monkeypatch, "sparsify.bench.run.perplexity_record")
+    text = ("--text", artifacts / "no" / "such")
+    command = ("bench", artifacts / "pruned", "--baseline", dense, *SMALL, "--no-kernels", "--out", out)
+    assert cli(*command, *text).returncode == 4
+    assert not out.exists()
+    from sparsify.data import Windows
+
+    windows = Windows(np.arange(3, 43, dtype=np.int64).reshape(2, 20), "made", False, None)
+    with pytest.raises(KeyboardInterrupt):
+        measure(out, [artifacts / "pruned"], dense, request(windows=windows))
+    records = read([out])
+    assert [len(records.of(kind)) for kind in ("latency", "memory", "perplexity", "end")] == [2, 2, 0, 0]
+
+
+def test_records_that_cannot_be_written_end_the_run(
+    artifacts: Path, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsify.bench.records import Writer
+
+    write = Writer.write
+
+    def full(self: Writer, kind: str, /, **fields: Any) -> Any:
+        if kind == "memory":
+            raise OutputError("the disk is full")
+        return write(self, kind, **fields)
+
+    monkeypatch.setattr(Writer, "write", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        measure(tmp_path / "r.jsonl", [artifacts / "pruned"], dense, request())
+    assert len(read([tmp_path / "r.jsonl"]).of("latency")) == 2

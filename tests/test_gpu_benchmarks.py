@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import math
 import shutil
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from torch.nn import functional
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from gpu_machine.batches import pack_folders, take
 from gpu_machine.llama import LLAMA_8B, LLAMA_70B
 from gpu_machine.record import NOT_RUN, WRONG, Record
+from gpu_machine.wheels import REPORTING
 from gpu_report import __main__ as gpu_report
+from gpu_report import generation
 from gpu_report import report as gpu_records
-from gpu_report.cases import Generation, Product, cases
+from gpu_report.cases import Generation, Product, Search, cases, searches
 from gpu_report.report import BEGUN, RECORDS, Report, measure
 from kernels_gpu.layers import LAYERS, SHARDS
 from kernels_gpu.timing import add_bound
@@ -37,6 +45,7 @@ from sparsify.bench.records import read
 from sparsify.exporters.tensorrt_api import TensorRt
 from sparsify.exporters.tensorrt_header import read_header, write_header
 from sparsify.exporters.tensorrt_options import EngineOptions
+from sparsify.format.packed import Packed, decode
 from sparsify.report.pairs import pairs
 from sparsify.runtimes import tensorrt_session
 from sparsify.runtimes.torch_session import TorchSession
@@ -136,6 +145,23 @@ def test_cases_that_the_budget_is_not_enough_for_are_said(tmp_path: Path, monkey
     assert record.body["not_run"] == [
         {"what": what, "why": "the budget is spent: 19 s left"} for what in ("as slow", "last")
     ]
+
+
+def test_a_long_case_costs_others_of_its_kind_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    record = Record("benchmark", argparse.Namespace(out=tmp_path / "record.json", budget_s=160, device="cpu"), ())
+    kinds = {"g": ("generation", 90.0), "p": ("product", 5.0)}
+    wanted = [("p1", 1.0), ("g1", 70.0), ("p2", 2.0), ("g2", 70.0), ("p3", 2.0), ("g3", 1.0), ("p4", 6.0), ("p5", 6.0)]
+    seen = []
+    for what, (_, taken) in record.affordable([(n, (n, t)) for n, t in wanted], lambda case: kinds[case[0][0]]):
+        seen.append(what)
+        now += taken
+    assert seen == ["p1", "g1", "p2", "g2", "p3", "p4", "p5"]
+    # Of which none has been measured, 90 s are not left.
+    late = record.affordable([("g", ("g", 0.0)), ("p", ("p", 0.0))], lambda case: kinds[case[0][0]])
+    assert [what for what, _ in late] == []
+    assert [row["what"] for row in record.body["not_run"]] == ["g3", "g", "p"]
 
 
 def test_fused_linears_hold_the_same_weights() -> None:
@@ -244,9 +270,182 @@ def test_what_took_the_process_down_is_not_tried_again(tmp_path: Path, monkeypat
     assert [record["tokens"] for record in records.of("kernel")] == [wanted[0].tokens, wanted[2].tokens]
     (failed,) = (record for record in records.of("missing") if record["failed"])
     assert failed["what"] == victim.what
-    # The first run did not come to its end, and a reader is told so.
+    assert failed["why"] == "RuntimeError: an illegal memory access was encountered"
+    assert [record["failed"] for record in records.of("end")] == [1, 1]
     assert len(records.of("run")) == 2
-    assert len(records.of("end")) == 1
+
+
+def test_what_a_process_was_at_that_could_not_say_so(tmp_path: Path) -> None:
+    options = report_options(tmp_path)
+    (victim, after) = [case for case in cases(options) if isinstance(case, Product)][:2]
+    (tmp_path / BEGUN).write_text(victim.what)
+    with Report(options) as report:
+        measure(report, [victim, after])
+    assert report.status == WRONG
+    records = read([tmp_path / RECORDS])
+    (failed,) = (record for record in records.of("missing") if record["failed"])
+    assert (failed["what"], failed["why"]) == (victim.what, "the process that measured it did not come back")
+    assert [record["linear"] for record in records.of("kernel")] == [after.linear]
+
+
+# Imported by every process that PYTHONPATH shows it to.
+RAISES = """
+import sys
+
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gpu_report.generation":
+            report = sys.modules["gpu_report.report"]
+            measured = report._measure_product
+
+            def fails(one, case):
+                if (case.tokens, case.linear) == (4, "o"):
+                    raise ValueError("min() of nothing")
+                measured(one, case)
+
+            report._measure_product = fails
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
+def test_an_error_of_any_kind_leaves_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(RAISES)
+    monkeypatch.setenv("PYTHONPATH", str(hook))
+    options = report_options(tmp_path / "out", "--patterns", "2:4", "--no-render")
+    assert gpu_report.run(options) == WRONG
+    records = read([options.out / RECORDS])
+    assert len(records.of("run")) == len(records.of("end")) == 2
+    (failed,) = (record for record in records.of("missing") if record["failed"])
+    (victim,) = (
+        case for case in cases(options) if isinstance(case, Product) and (case.tokens, case.linear) == (4, "o")
+    )
+    assert (failed["what"], failed["why"]) == (victim.what, "ValueError: min() of nothing")
+    measured = {(record["tokens"], record["linear"]) for record in records.of("kernel")}
+    products = {(case.tokens, case.linear) for case in cases(options) if isinstance(case, Product)}
+    assert products - measured == {(4, "o")}
+    assert len(records.of("latency")) == 2
+
+
+def test_a_variant_that_fails_does_not_cost_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["right", "unprepared", "raises", "wrong", "late", "refuses"]
+    built = 0
+
+    def prepared(name: str, packed: Packed, device: str) -> Any:
+        nonlocal built
+        built += 1
+        weight = decode(packed)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            if name == "raises":
+                raise OSError("no compiler")
+            factor = 1.1 if name == "wrong" or (name == "late" and x.shape[1] == 1) else 1.0
+            return factor * functional.linear(x, weight)
+
+        if name == "unprepared":
+            raise ValueError("no form")
+        return "takes no such weight" if name == "refuses" else (weight.nbytes, run)
+
+    options = report_options(tmp_path, "--patterns", "2:4")
+    (case,) = (case for case in cases(options) if isinstance(case, Generation))
+    other = Generation(case.pattern, 1, 4, 2)
+    monkeypatch.setattr(generation, "prepared", prepared)
+    monkeypatch.setattr(generation, "_variants", lambda device: names)
+    with Report(options) as report:
+        measure(report, [case, other])
+    records = read([tmp_path / RECORDS])
+    assert [record["artifact"] for record in records.of("latency")] == ["dense beside 2:4", "2:4 right"] * 2
+    missing = {record["what"]: record["why"] for record in records.of("missing") if record["failed"]}
+    assert missing["model, 2:4: unprepared"] == "ValueError: no form"
+    assert missing.keys() == {"model, 2:4: unprepared"} | {
+        f"{one.what}: {name}" for one in (case, other) for name in ("raises", "wrong", "late")
+    }
+    assert missing[f"{case.what}: raises"] == "OSError: no compiler"
+    assert missing[f"{case.what}: wrong"].startswith("logits of the prompt differ")
+    assert missing[f"{case.what}: late"].startswith("logits of a further token differ")
+    (refused,) = (record for record in records.of("missing") if record["what"] == "model, 2:4: refuses")
+    assert (refused["why"], refused["failed"]) == ("takes no such weight", False)
+    # Once for all scenarios; those that cannot be had are asked for once.
+    assert built == 4 * 2 * 4 + 2
+
+
+def test_what_runs_as_a_dense_product_is_named_so() -> None:
+    for batch, prompt, name in ((1, 64, "triton"), (1, 65, "triton+dense"), (2, 64, "triton+dense")):
+        assert generation.engaged("triton", Generation("0.5", batch, prompt, 3)) == name
+        assert generation.engaged("cusparselt", Generation("2:4", batch, prompt, 3)) == "cusparselt"
+
+
+def test_each_shape_is_searched_for_once_before_its_first_product(tmp_path: Path) -> None:
+    found = cases(gpu_report.parse(["--out", str(tmp_path)]))
+    order = list(searches(found, LLAMA_8B))
+    assert [case for case in order if not isinstance(case, Search)] == found
+    asked = {case.shape: order.index(case) for case in order if isinstance(case, Search)}
+    assert len(asked) == len(order) - len(found)
+    for case in found:
+        if isinstance(case, Product) and case.pattern == "2:4":
+            search = order[asked[case.shape]]
+            assert order.index(case) > asked[case.shape]
+            assert isinstance(search, Search)
+            assert case.tokens in search.tokens
+    assert list(searches([case for case in found if case.pattern != "2:4"], LLAMA_8B)) == [
+        case for case in found if case.pattern != "2:4"
+    ]
+
+
+def test_a_search_ends_when_its_time_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered: list[int] = []
+    now = time.monotonic()
+
+    def search(problems: Any, device: Any, timeout_s: float, told: Any) -> None:
+        nonlocal now
+        for problem in problems:
+            answered.append(problem.tokens)
+            now += 40
+            told(problem, {"failed": "no answer"} if problem.tokens == 8 else {})
+
+    report_ = Report(report_options(tmp_path, "--budget-s", "1000"))
+    with report_ as report:
+        monkeypatch.setattr("time.monotonic", lambda: now)
+        monkeypatch.setattr(gpu_records, "search", search)
+        gpu_records._search(report, Search((64, 64), (1, 8, 64, 2048, 512)))
+        # Numbers of tokens are padded.
+        assert answered == [8, 64]
+        monkeypatch.setattr(gpu_records, "search", lambda *given: 1 / 0)
+        gpu_records._search(report, Search((128, 64), (1,)))
+    missing = {record["what"]: record["failed"] for record in read([tmp_path / RECORDS]).of("missing")}
+    assert {what: failed for what, failed in missing.items() if what.startswith("search")} == {
+        "search bfloat16 64x64 8": True, "search 64x64: rest": False, "search 128x64": True,
+    }  # fmt: skip
+
+
+def test_ceilings_of_a_gpu_are_not_those_of_a_glance(tmp_path: Path) -> None:
+    assert gpu_records._ceiling_sizes(gpu_report.parse(["--out", str(tmp_path)])) == {
+        "quick": False, "n_bytes": 4 << 30
+    }  # fmt: skip
+    assert gpu_records._ceiling_sizes(gpu_report.parse(["--out", str(tmp_path), "--device", "cpu"])) == {"quick": True}
+
+
+def test_packages_are_looked_for_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    options = report_options(tmp_path)
+    assert gpu_report.run(options) == NOT_RUN
+    told = capsys.readouterr().out
+    assert "cannot import matplotlib" in told
+    assert "--pack --out DIR" in told
+    assert list(tmp_path.iterdir()) == []
+    assert gpu_report.unimportable(render=False) is None
+    packed = {requirement.partition("==")[0] for requirement in REPORTING}
+    assert {"jsonschema", "rpds-py", "jinja2", "matplotlib", "safetensors"} <= packed
+    # And what they need, which pip is not asked for.
+    for name in packed:
+        for text in importlib.metadata.requires(name) or ():
+            asked = Requirement(text)
+            if asked.marker is None or asked.marker.evaluate({"python_version": "3.12", "extra": ""}):
+                assert canonicalize_name(asked.name) in packed | {"numpy"}, name
 
 
 def test_what_the_budget_was_not_enough_for_is_one_record(tmp_path: Path) -> None:
@@ -264,23 +463,33 @@ def test_what_the_budget_was_not_enough_for_is_one_record(tmp_path: Path) -> Non
 def test_the_report_is_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
     statuses: list[int] = []
+    begun = tmp_path / BEGUN
 
     def started(command: list[str], **options: Any) -> argparse.Namespace:
         ran.append(command)
-        return argparse.Namespace(returncode=statuses.pop(0))
+        status = statuses.pop(0)
+        if status in (0, NOT_RUN, WRONG):
+            begun.unlink(missing_ok=True)
+        elif case:
+            begun.write_text(case)
+        return argparse.Namespace(returncode=status)
 
     monkeypatch.setattr("subprocess.run", started)
     for first, last in ((0, 0), (NOT_RUN, NOT_RUN), (WRONG, WRONG)):
         ran.clear()
         statuses[:] = [-11, first]
-        (tmp_path / BEGUN).write_text("a case")
+        case = "a case"
         assert gpu_report.run(report_options(tmp_path, "--no-render")) == last
         assert len(ran) == 2
         assert gpu_report.parse(ran[0][2:]).measure
-    # One that cannot even start is not started again.
-    (tmp_path / BEGUN).unlink()
+    # One that cannot even start is not started again; nor where the one before it left something behind.
+    case = ""
     statuses[:] = [-11]
     assert gpu_report.run(report_options(tmp_path, "--no-render")) == WRONG
+    case = "a case"
+    statuses[:] = [4, 4]
+    assert gpu_report.run(report_options(tmp_path, "--no-render")) == WRONG
+    assert statuses == []
 
 
 class Wrong(TorchSession):

@@ -225,6 +225,61 @@ def test_a_kernel_without_a_launch_keeps_its_default(monkeypatch: pytest.MonkeyP
     assert told == ["packed, 3 tokens: RuntimeError: no configuration ran"]
 
 
+def test_an_error_of_any_kind_costs_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise ValueError("min() of nothing")
+
+    monkeypatch.setattr(tuning_gpu, "search_launch", fails)
+    kernels = {"packed": PACKED, "formless": replace(PACKED, name="formless", prepare=fails)}
+    monkeypatch.setattr(product_times, "_kernels", lambda packed: kernels)
+    told: list[str] = []
+    products = Products(weight().to(torch.float16), SMALL, told.append)
+    products.search(torch.ones(3, 64), told.append)
+    assert products.calls(torch.ones(3, 64).half()).keys() == {DENSE, "packed"}
+    assert told == [
+        "formless, its form of the weight: ValueError: min() of nothing",
+        "packed, 3 tokens: ValueError: min() of nothing",
+    ]
+
+
+def test_without_a_dense_product_there_is_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> torch.Tensor:
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(product_times, "linear", fails)
+    told: list[str] = []
+    assert list(measure(weight(), (2,), 1, told=told.append, n_bytes=SMALL)) == []
+    assert told == ["dense torch, 2 tokens: ValueError: no memory"]
+
+
+def test_a_kernel_that_expands_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = replace(PACKED, name="triton")
+    monkeypatch.setattr(product_times, "_kernels", lambda packed: {"triton": kernel})
+    monkeypatch.setattr(product_times, "choose", lambda *given: Choice(kernel))
+    few, many = checked(measure(weight(), (64, 65), 1, DEVICE, n_bytes=SMALL))
+    assert (few["auto"], many["auto"]) == ("triton", "triton, expanded")
+    assert few["kernels"].keys() - {LOOP} == {DENSE, "triton"}
+    assert many["kernels"].keys() == {DENSE, "triton, expanded"}
+    assert many["kernels"]["triton, expanded"]["roof_us"] > 0
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda, "preferred_blas_library"), reason="not in this torch")
+def test_the_second_library_is_chosen_for_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ["cublas"]
+
+    def library(name: str | None = None) -> str:
+        if name is not None:
+            chosen.append(name)
+        return chosen[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", library)
+    x, dense = torch.randn(2, 8), torch.randn(3, 8)
+    assert torch.equal(product_times._cublaslt(x, dense), torch.nn.functional.linear(x, dense))
+    with pytest.raises(RuntimeError):
+        product_times._cublaslt(x, dense.T)
+    assert chosen == ["cublas", "cublaslt", "cublas", "cublaslt", "cublas"]
+
+
 def test_a_weight_of_zeros_is_measured() -> None:
     told: list[str] = []
     (row,) = checked(measure(encode(torch.zeros(16, 32), TWO_OF_FOUR), (2,), 1, told=told.append, n_bytes=SMALL))

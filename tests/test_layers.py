@@ -17,7 +17,8 @@ RANKS = [
     {"sparsify.format", "sparsify.format.bits", "sparsify.format.expand", "sparsify.format.packed"}
     | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader", "sparsify.format.legacy"},
     {"sparsify.recipe", "sparsify.model"},
-    {"sparsify.roofline"} | {f"sparsify.roofline.{part}" for part in ("attention", "devices", "work", "published")},
+    {"sparsify.roofline"}
+    | {f"sparsify.roofline.{part}" for part in ("attention", "config", "devices", "work", "published")},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
     {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
     {"sparsify.scores", "sparsify.masks", "sparsify.permute", "sparsify.allocate"},
@@ -60,13 +61,10 @@ RANKS = [
     | {f"sparsify.runtimes.tensorrt_{part}" for part in ("prefill", "decode", "engaged")},
     {"sparsify.bench", "sparsify.bench.perplexity", "sparsify.bench.parity", "sparsify.bench.report"}
     | {"sparsify.bench.delivered", "sparsify.bench.engine_parity", "sparsify.bench.scoring"}
-    | {"sparsify.bench.lm_eval_model", "sparsify.bench.zero_shot_tasks"}
+    | {"sparsify.bench.lm_eval_model", "sparsify.bench.zero_shot_tasks", "sparsify.bench.task_files"}
     | {"sparsify.bench.records", "sparsify.bench.record_check", "sparsify.bench.spread"}
-    | {
-        f"sparsify.bench.{part}"
-        for part in ("accuracy", "host", "latency", "process_memory", "request", "roofs", "run")
-    }
-    | {f"sparsify.bench.{part}" for part in ("rounds", "stream_times", "subjects", "worker", "workers")}
+    | {f"sparsify.bench.{part}" for part in ("accuracy", "engaged", "host", "latency", "process_memory", "request")}
+    | {f"sparsify.bench.{part}" for part in ("roofs", "rounds", "run", "stream_times", "subjects", "worker", "workers")}
     | {"sparsify.bench.kernel_times", "sparsify.bench.product_times"},
     {f"sparsify.report.{part}" for part in ("pairs", "wording", "rules", "asked", "findings", "gate")}
     | {"sparsify.report", "sparsify.report.summary", "sparsify.report.markdown", "sparsify.report.page"}

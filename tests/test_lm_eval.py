@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from numpy.typing import NDArray
 
+from sparsify.bench import accuracy
+from sparsify.bench.accuracy import samples
 from sparsify.bench.lm_eval_model import SessionLM
 from sparsify.bench.perplexity import perplexity
+from sparsify.bench.record_check import check
+from sparsify.bench.request import Request
 from sparsify.bench.scoring import score
 from sparsify.bench.zero_shot_tasks import ask, load_tasks, ready_tasks, run_tasks
 from sparsify.errors import DataError, NumericsError, UsageError
@@ -294,6 +299,90 @@ def test_damaged_tasks_are_one_line(
     with pytest.raises(error, match=words) as caught:
         ask(ours, load_tasks(["letters"], folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_relative_folder(folder: Path, ours: SessionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ask(ours, load_tasks(["letters"], folder))
+    monkeypatch.chdir(folder.parent)
+    assert ask(ours, load_tasks(["letters"], Path(folder.name))) == expected
+    (folder / "letters.yaml").write_text("task: [letters")
+    with pytest.raises(DataError, match=f"^{folder.name}/letters.yaml: not readable"):
+        load_tasks(["letters"], Path(folder.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("arc_easy.yaml", "task: [arc", "not readable as YAML"),
+        ("mine.yaml", "task: arc_easy\nother: [", "not readable as YAML"),
+        ("arc_easy.yaml", "task: [arc_easy]", r"task is \['arc_easy'\], want a name"),
+        ("arc_easy.yaml", "dataset_path: json", "finds no task arc_easy in it"),
+        ("arc_easy.yaml", "task: arc_easi", "finds no task arc_easy in it"),
+        ("arc_easy.yaml", "task: arc_easy\ninclude: absent", "finds no task arc_easy in it"),
+        ("other.yaml", "task: 5", "task is 5, want a name"),
+    ],
+)
+def test_a_broken_file_is_not_replaced_by_a_task_that_is_ready(folder: Path, name: str, text: str, words: str) -> None:
+    rows = [{"query": TEXT[i : i + 30], "choices": ["cats", "a dog"], "gold": i % 2} for i in range(4)]
+    with gzip.open(folder / "arc_easy.test.jsonl.gz", "wt") as data:
+        data.write("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "group.yaml").write_text(json.dumps({"group": "some", "task": ["arc_easy"]}))
+    assert (
+        list(load_tasks(["some"], folder)["tasks"]) == list(load_tasks(["arc_easy"], folder)["tasks"]) == ["arc_easy"]
+    )
+    (folder / name).write_text(text)
+    for asked in ("arc_easy", "some"):
+        with pytest.raises(DataError, match=rf"{name}: .*{words}") as caught:
+            load_tasks([asked], folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_broken_file_of_another_task_is_in_no_ones_way(folder: Path) -> None:
+    (folder / "other.yaml").write_text("task: [other, letters_of_others")
+    assert list(load_tasks(["letters"], folder)["tasks"]) == ["letters"]
+    with pytest.raises(UsageError, match=r"no task 'letter'; choose letters.*; or else .*other\.yaml: not readable"):
+        load_tasks(["letter"], folder)
+
+
+def test_requests_that_lose_tokens_are_counted(folder: Path, session: TorchSession, tokenizer: Any) -> None:
+    told: list[tuple[int, int]] = []
+    tasks = load_tasks(["letters"], folder)
+    asked = partial(run_tasks, partial(score, session), tokenizer, tasks, cut=lambda *cut: told.append(cut))
+    asked(max_length=200)
+    assert told == []
+    asked(max_length=10)
+    lengths = [len(tokenizer.encode("".join(each.args))) for each in tasks["tasks"]["letters"].instances]
+    assert told == [(sum(length > 11 for length in lengths), 18)]
+    assert told[0][0] > 0
+    writing = SessionLM(partial(score, session), tokenizer, max_length=12, generate=lambda ids, n: [0] * n)
+    options = {"until": ["."], "max_gen_toks": 4}
+    writing.generate_until(_requests("generate_until", (TEXT[:90], options), ("Hello", options)))
+    assert (writing.cut, writing.asked) == (1, 2)
+
+
+def test_fields_of_records(folder: Path, stories: Path, session: TorchSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        def ask(self, do: str, ids: list[list[int]], last: int) -> dict[str, Any]:
+            logprobs, greedy = score(session, np.array(ids), last)
+            return {"logprobs": logprobs.tolist(), "greedy": greedy.tolist()}
+
+    monkeypatch.setattr(accuracy, "TASK_LENGTH", 10)
+    told: list[str] = []
+    request = Request((), ("torch",), tasks=load_tasks(["letters", "texts"], folder))
+    rows = list(accuracy.task_records(Worker(), stories, request, told.append))  # type: ignore[arg-type]
+    assert [len(row["samples"] or ()) for row in rows] == [6, 6, 0, 0]
+    (cut,) = told
+    assert re.fullmatch("[1-9][0-9]* of 22 requests have more than 10 tokens and lost those at their start", cut)
+    for row in rows:
+        head = {"format": 1, "record": "task", "run": "0" * 16, "time": "", "artifact": "a", "runtime": "torch"}
+        check({**head, "session": "", "engaged": {}, **row}, "here")
+
+
+def test_samples_are_kept_where_the_value_is_their_mean() -> None:
+    assert samples([1, 0.0, np.bool_(True), np.float64(0)], 0.5) == [1.0, 0.0, 1.0, 0.0]
+    assert samples([(-3.0, 2), (-4.0, 1)], 0.5) is None
+    assert samples([-1.0, -2.0], math.exp(1.5)) is None
+    assert samples([math.nan, 1.0], math.nan) is None
 
 
 def test_there_must_be_something_to_ask(folder: Path) -> None:

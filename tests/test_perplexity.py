@@ -163,6 +163,27 @@ def test_kl_is_scipys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.n_tokens, result.n_windows) == (24, 3)
 
 
+@pytest.mark.parametrize("stride", [1, 3, 11])
+def test_kl_of_overlapping_windows_counts_each_position_once(stride: int) -> None:
+    length, n = 12, 6
+    text = _tokens(length + stride * (n - 1))
+    windows = np.stack([text[i * stride : i * stride + length] for i in range(n)])
+    log_p, log_q = (
+        log_softmax(session.logits(windows).astype(np.float64), axis=-1) for session in (Table(0), Table(5))
+    )
+    every, same = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1), log_p.argmax(-1) == log_q.argmax(-1)
+    counted = np.array([[i == 0 or t >= length - stride for t in range(length)] for i in range(n)])
+    result = kl_divergence(Table(0), Table(5), windows, stride=stride)
+    assert result.n_tokens == counted.sum() == len(text)
+    assert result.mean_nats == pytest.approx(every[counted].mean(), rel=1e-9)
+    assert result.top1_agreement == pytest.approx(same[counted].mean())
+    # Windows are the sampling unit, the first one with more positions than the others.
+    sums, counts = (every * counted).sum(axis=1), counted.sum(axis=1)
+    residuals = sums - every[counted].mean() * counts
+    assert result.standard_error_nats == pytest.approx(math.sqrt(n / (n - 1) * (residuals**2).sum()) / len(text))
+    assert compare(Table(0), Table(5), windows, stride=stride)[2] == result
+
+
 def test_kl_of_a_model_with_itself_is_zero() -> None:
     result = kl_divergence(Table(), Table(), _tokens(8).reshape(1, 8))
     assert (result.mean_nats, result.top1_agreement, result.standard_error_nats) == (0.0, 1.0, None)
@@ -216,6 +237,8 @@ def test_stride_out_of_range(stride: int) -> None:
 def test_windows_that_do_not_overlap_as_said() -> None:
     with pytest.raises(DataError, match="overlap"):
         perplexity(Table(), _tokens(16).reshape(2, 8), stride=4)
+    with pytest.raises(DataError, match="overlap"):
+        kl_divergence(Table(), Table(), _tokens(16).reshape(2, 8), stride=4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -135,12 +135,15 @@ def test_statistics_and_roofs_follow_from_the_lines(example: Path) -> None:
     roofs = 0
     for row in summary_of(example)["latency"]:
         (record,) = lines_of(example, row["from"])
-        gaps = [gap for each in record["rounds"] for line in each["gaps_s"] for gap in line]
+        # What dense had against itself is its noise, and no part of its own figures; rows that come together are one.
+        rounds = [each for each in record["rounds"] if not each["again"]]
+        assert (len(rounds) < len(record["rounds"])) == (row["artifact"] == "dense")
+        gaps = [gap for each in rounds for line in {*map(tuple, each["gaps_s"])} for gap in line]
         values = row["measures"]["tpot"]
         assert values["statistics"]["median"] == pytest.approx(np.median(gaps))
         assert values["statistics"]["p99"] == pytest.approx(np.percentile(gaps, 99))
         assert values["roof"]["fraction"] == pytest.approx(record["roof"]["tpot_s"] / np.median(gaps))
-        firsts = [value for each in record["rounds"] for value in each["ttft_s"]]
+        firsts = [value for each in rounds for value in set(each["ttft_s"])]
         first = row["measures"]["ttft"]
         assert first["statistics"]["n"] == len(firsts)
         # Too few samples tell no percentile.
@@ -175,11 +178,25 @@ def test_accuracy_follows_from_the_lines(example: Path) -> None:
         if row["difference"]:
             pruned, dense = lines_of(example, row["difference"]["from"])
             assert row["difference"]["value"] == pytest.approx(pruned["value"] - dense["value"])
-            assert row["difference"]["standard_error"] == pytest.approx(
-                np.hypot(pruned["standard_error"], dense["standard_error"])
-            )
+            differences = np.subtract(pruned["samples"], dense["samples"])
+            assert row["difference"]["standard_error"] == pytest.approx(differences.std(ddof=1) / np.sqrt(200))
+            assert row["difference"]["paired"]
             differences_found += 1
     assert differences_found == 2 * len(RUNTIMES)
+
+
+def test_tasks_that_cannot_be_paired_say_so(example: Path, tmp_path: Path) -> None:
+    for key in ("samples", "samples_sha256"):
+
+        def lack(record: Raw, key: str = key) -> Raw:
+            return {**record, key: None} if key in record else record
+
+        summary = summary_of(edited(example, tmp_path / "r.jsonl", lack))
+        found = next(row for row in summary["accuracy"]["tasks"] if row["difference"])
+        assert found["difference"]["standard_error"] == pytest.approx(np.hypot(0.03, 0.03))
+        assert not found["difference"]["paired"]
+        assert "unpaired" in markdown.render(summary)
+    assert "unpaired" not in markdown.render(summary_of(example))
 
 
 def test_bytes_and_linears_follow_from_the_lines(example: Path) -> None:
@@ -283,6 +300,65 @@ def test_status_is_what_ran(example: Path, tmp_path: Path, engaged: dict[str, st
     assert found["text"].startswith(text)
 
 
+def test_what_fewer_bytes_do_not_explain_is_said(example: Path, tmp_path: Path) -> None:
+    said = "more than fewer bytes explain: part of it is that the runtime's own dense product is not the best"
+    one = edited(example, tmp_path / "one.jsonl", only("torch", "2of4"))
+    summary = summary_of(one)
+    assert summary["latency"][1]["measures"]["tpot"]["roof_ratio"] == pytest.approx(16 / 9)
+    # Roofs of 1.78 to 1 explain 1.54x, those of 1.28 to 1 do not.
+    assert said not in summary["verdict"] + markdown.render(summary)
+
+    def near(record: Raw) -> Raw:
+        if record["record"] == "latency" and record["baseline"]:
+            record["roof"]["tpot_s"] = 0.02 / 1.28
+        return record
+
+    more = summary_of(edited(one, tmp_path / "b.jsonl", near))
+    assert said in more["verdict"]
+    assert said in markdown.render(more)
+    # Without a difference shown, and without roofs, there is nothing to explain.
+    same = summary_of(edited(tmp_path / "b.jsonl", tmp_path / "c.jsonl", slowed(1 / 0.65)))
+    assert said not in same["verdict"]
+    bare = summary_of(edited(one, tmp_path / "d.jsonl", lambda r: {**r, "roof": None} if "roof" in r else r))
+    assert said not in bare["verdict"]
+    assert bare["latency"][1]["measures"]["tpot"]["roof_ratio"] is None
+
+
+def test_other_work_on_the_machine_is_a_warning(example: Path, tmp_path: Path) -> None:
+    def busy(record: Raw) -> Raw:
+        if record["record"] == "run":
+            record["environment"]["host"]["load_1m"] = 1.1
+        return record
+
+    def beyond(record: Raw) -> Raw:
+        if record["record"] == "latency" and record["artifact"] == "dense":
+            record["roof"]["tpot_s"] = 0.055
+        return record
+
+    one = edited(example, tmp_path / "one.jsonl", only("torch", "2of4"))
+    assert summary_of(one)["warnings"] == []
+    (warning,) = summary_of(edited(one, tmp_path / "b.jsonl", busy))["warnings"]
+    assert warning["text"].startswith("Other work ran when it began: load 1.1 on 2 cores.")
+    (warning,) = summary_of(edited(one, tmp_path / "c.jsonl", beyond))["warnings"]
+    assert warning["text"].startswith("The ceiling was measured too low: other work ran (dense in torch reached 11")
+    (record,) = lines_of(tmp_path / "c.jsonl", warning["from"])
+    assert record["artifact"] == "dense"
+
+
+def test_warnings_of_several_runs_name_theirs(example: Path, tmp_path: Path) -> None:
+    alone = summary_of(example)["warnings"]
+    assert alone
+    assert not any("run 1" in warning["text"] for warning in alone)
+    other = write_example(tmp_path / "b.jsonl", seed=5, runtimes=("onnxruntime",))
+    summary = summary_of(example, other)
+    texts = [warning["text"] for warning in summary["warnings"]]
+    assert [text.count("(run 1)") + 2 * text.count("(run 2)") for text in texts] == [1, 1, 2, 2]
+    # A row is of its artifact; which run it is from stands before it.
+    html = page.render(read([example, other]), summary)
+    assert '<th scope="row"><span class="line short">2of4</span>' in html
+    assert '<th scope="row"><span class="line short">run 1</span>' not in html
+
+
 def test_few_rounds_and_turns_not_taken_claim_nothing(tmp_path: Path, example: Path) -> None:
     few = summary_of(write_example(tmp_path / "few.jsonl", rounds=5, runtimes=("torch",)))
     values = few["latency"][1]["measures"]["tpot"]
@@ -320,7 +396,10 @@ def test_another_text_gives_no_increase(tmp_path: Path, example: Path) -> None:
 
     summary = summary_of(edited(example, tmp_path / "a.jsonl", change))
     row = summary["accuracy"]["perplexity"][1]
-    assert (row["increase"], row["why_no_increase"]) == (None, "another text or other windows than its baseline's")
+    assert (row["increase"], row["why_no_increase"]) == (
+        None,
+        "not the same windows of the same text as its baseline's",
+    )
     assert "its cost in accuracy was not measured" in summary["verdict"]
 
 
@@ -510,6 +589,48 @@ def test_command_writes_reports_and_replaces_only_its_own(tmp_path: Path, exampl
         assert (out / name).read_text() == "anybody's"
     with pytest.raises(OutputError, match="is a file"):
         report_command([example], out=example)
+
+
+def test_terminal_has_a_line_for_each_candidate_and_runtime(
+    example: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    report_command([example])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(f"- {each['sentence']}" in lines for each in summary_of(example)["verdicts"])
+    assert "2of4 most, in 2 of 3 runtimes" in lines[0]
+    head = next(i for i, line in enumerate(lines) if line.startswith("artifact "))
+    rows = [line.split() for line in lines[head + 1 : head + 7]]
+    assert [row[:3] for row in rows] == [
+        [name, runtime, "DENSE" if runtime == "onnxruntime" else "sparse"]
+        for runtime in RUNTIMES
+        for name in ("2of4", "half")
+    ]
+    assert all(len(line) <= 80 for line in lines[head:])
+    assert rows[0][3:5] == ["▲", "1.54x"]
+    assert rows[0][-3:] == ["+44", "%", "0.84x"]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    report_command([example])
+    assert "\x1b[1;31mDENSE" in capsys.readouterr().out
+
+
+def test_one_point_draws_no_frontier(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsify.report import plots
+
+    seen: list[list[str]] = []
+    original = plots.legend
+
+    def legend(axes: Any, lines: list[Any], names: list[str]) -> None:
+        seen.append(names)
+        original(axes, lines, names)
+
+    monkeypatch.setattr(plots, "legend", legend)
+    for runtime, drawn in (("torch", 1), ("onnxruntime", 0)):
+        seen.clear()
+        path = edited(example, tmp_path / f"{runtime}.jsonl", only(runtime, "2of4"))
+        plots.figures(read([path]), summary_of(path))
+        assert seen[0][:2] == ["dense", "2of4"]
+        assert sum("frontier" in names for names in seen) == drawn
 
 
 def test_command_refuses_what_it_cannot_use(tmp_path: Path, example: Path) -> None:

@@ -70,6 +70,8 @@ out.textContent = JSON.stringify({
     && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + "." + e.className),
   alternatives: [...document.querySelectorAll("svg")].map(e => e.getAttribute("aria-labelledby").split(" ")
     .map(id => document.getElementById(id).textContent.length)),
+  cut: [...document.querySelectorAll("section > .wide")].filter(e => e.scrollWidth > e.clientWidth)
+    .map(e => [e.getAttribute("aria-labelledby"), e.scrollWidth, e.clientWidth]),
   bad: getComputedStyle(document.querySelector("td .bad")).color,
 });
 document.body.append(out);
@@ -95,6 +97,8 @@ def test_page_fits_and_shows_every_figure(browse: Browse, html: str, width: int)
     assert len(found["figures"]) == FIGURES
     assert all(w > min(300, width - 60) and h > 100 for w, h in found["figures"])
     assert all(len(each) == 2 and min(each) > 10 for each in found["alternatives"])
+    # On a screen nothing has to be scrolled for, the lines that rows are from included.
+    assert width < 1280 or found["cut"] == []
     assert found["bad"] == "rgb(176, 0, 32)"
 
 
@@ -136,6 +140,7 @@ class Reader(HTMLParser):
         super().__init__()
         self.ids: Counter[str] = Counter()
         self.references: list[str] = []
+        self.landmarks: Counter[str] = Counter()
         self.loads: list[str] = []
         self.tags: Counter[str] = Counter()
         self.scopes: Counter[str | None] = Counter()
@@ -147,6 +152,7 @@ class Reader(HTMLParser):
                 self.ids[value or ""] += 1
             elif name == "aria-labelledby":
                 self.references += (value or "").split()
+                self.landmarks[value or ""] += tag in ("section", "div")
             elif name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
                 self.loads.append(value or "")
         if tag == "th":
@@ -159,6 +165,7 @@ def test_page_can_be_read_aloud(html: str) -> None:
     assert '<html lang="en">' in html
     assert reader.ids.most_common(1)[0][1] == 1
     assert reader.references
+    assert reader.landmarks.most_common(1)[0][1] == 1
     assert set(reader.references) <= set(reader.ids)
     # Links within the page, shapes within a drawing, and the empty icon: nothing is loaded.
     assert all(value.removeprefix("#") in reader.ids or value == "data:," for value in reader.loads)

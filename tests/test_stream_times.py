@@ -67,12 +67,15 @@ def test_prompts_are_the_same_for_the_same_arguments_only() -> None:
 def test_statistics_are_those_of_the_samples() -> None:
     rounds = []
     for i in range(7):
-        times = Scripted((0.5 + i, [[7], [7]]), (0.25, [[8], [8]])).time(2, 2)
+        times = Scripted((0.5 + i, [[7], [7]]), (0.25, [[8], [8]])).time(2, 2)  # both rows together: one sample
         rounds.append({"round": i, "position": 0, "again": False, "trace_sha256": "a" * 64, **times})
     found = latency_record(rounds, 2, 2, [[7, 8], [7, 9]])
     first = found["statistics"]["ttft_s"]
-    assert (first["median"], first["min"], first["max"], first["n"], first["p99"]) == (3.5, 0.5, 6.5, 14, None)
-    assert first["p90"] == pytest.approx(np.quantile([0.5 + i for i in range(7) for _ in range(2)], 0.9))
+    assert (first["median"], first["min"], first["max"], first["n"], first["p90"]) == (3.5, 0.5, 6.5, 7, None)
+    assert found["statistics"]["tpot_s"]["n"] == 7
+    apart = Scripted((0.5, [[7], []]), (0.25, [[], [7]]), (0.125, [[8], [8]])).time(2, 2)
+    alone = latency_record([{**rounds[0], **apart}], 2, 2, None)["statistics"]
+    assert (alone["ttft_s"]["n"], alone["tpot_s"]["n"]) == (2, 2)
     assert found["statistics"]["tpot_s"]["median"] == 0.25
     assert found["statistics"]["tokens_per_s"]["max"] == 4 / 0.75
     assert found["same_tokens"] == [2, 1]

@@ -114,3 +114,19 @@ def test_a_model_pruned_by_nothing_is_a_baseline(prune: Run, llama: Path, tmp_pa
     assert not nothing.sparse
     assert nothing.record("baseline")["sparsity"] is None
     check_baseline(dense, nothing)
+
+
+def test_the_current_folder_has_a_name(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pruned)
+    assert identify(["."])[0].label == "out"
+
+
+def test_files_of_another_tokenizer_library_do_not_matter(llama: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    (llama / "tokenizer.json").write_text("{}")
+    (other / "tokenizer.json").write_text("{}")
+    (other / "tokenizer.model").write_bytes(b"of sentencepiece")
+    dense, candidate = identify([str(llama), str(other)])
+    check_baseline(candidate, dense)

@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ T = TypeVar("T")
 WRONG, NOT_RUN = 1, 3
 # Of what was packed; lies beside the folder with the packages.
 MANIFEST = "manifest.json"
+# Enough to try a case of which nothing is known.
+_LEAST_S = 5.0
 
 
 class Budget:
@@ -39,19 +41,26 @@ class Budget:
         """Seconds until the budget is spent."""
         return self.deadline - time.monotonic()
 
-    def affordable(self, cases: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """Those of ``cases`` (their names first) that the budget is enough for, if each takes as long as the longest.
+    def affordable(
+        self, cases: Iterable[tuple[str, T]], kind: Callable[[T], tuple[str, float]] = lambda case: ("", _LEAST_S)
+    ) -> Iterator[tuple[str, T]]:
+        """Those of ``cases`` that the budget is enough for, if each takes as long as the longest of its kind did.
 
-        The others are noted as not run; what the first takes is not known, and 5 s are enough to try it.
+        The others are noted as not run.
+
+        Args:
+            cases: their names first.
+            kind: of a case, and the seconds that the first of the kind is expected to take.
         """
-        longest = 5.0
+        longest: dict[str, float] = {}
         for what, case in cases:
-            if self.left_s < longest:
+            name, prior = kind(case)
+            if self.left_s < longest.get(name, prior):
                 self.unaffordable(what, f"the budget is spent: {self.left_s:.0f} s left")
                 continue
             started = time.monotonic()
             yield what, case
-            longest = max(longest, time.monotonic() - started)
+            longest[name] = max(longest.get(name, _LEAST_S), time.monotonic() - started)
 
     def unaffordable(self, what: str, why: str) -> None:
         """Note that there is no time for ``what``."""

@@ -13,6 +13,29 @@ from pathlib import Path
 # pip matches the number exactly; this is every tag that a machine with glibc 2.39 takes.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(39, 4, -1)] + ["manylinux2014_x86_64"]
 
+# What records and reports are checked and drawn with, and what that needs in turn beyond torch and its numpy.
+REPORTING = (
+    "attrs==26.1.0",
+    "contourpy==1.3.3",
+    "cycler==0.12.1",
+    "fonttools==4.68.0",
+    "jinja2==3.1.6",
+    "jsonschema==4.26.0",
+    "jsonschema-specifications==2025.9.1",
+    "kiwisolver==1.5.1",
+    "markupsafe==3.0.4",
+    "matplotlib==3.11.2",
+    "packaging==26.4",
+    "pillow==13.0.0",
+    "pyparsing==3.3.3",
+    "python-dateutil==2.9.0.post0",
+    "referencing==0.37.0",
+    "rpds-py==2026.9.1",
+    "safetensors==0.8.0",
+    "six==1.17.0",
+    "typing-extensions==4.16.0",
+)
+
 
 def download(wheels: Path, wanted: Iterable[str]) -> list[Path]:
     """The wheels of ``wanted`` (``name==version``); those that are there are not fetched again."""

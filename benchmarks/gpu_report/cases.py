@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from gpu_machine.llama import LLAMA_8B, LLAMA_70B, Llama
@@ -40,6 +40,11 @@ class Product:
         return (self.tokens,)
 
     @property
+    def kind(self) -> tuple[str, float]:
+        """Cases that take about as long, and seconds that the first may take."""
+        return "product", 5.0
+
+    @property
     def what(self) -> str:
         """In records and on the screen."""
         return f"{self.linear} {self.shape[0]}x{self.shape[1]}, {self.pattern}, {self.tokens} tokens"
@@ -60,9 +65,37 @@ class Generation:
         return (self.batch * self.prompt, self.batch)
 
     @property
+    def kind(self) -> tuple[str, float]:
+        """Cases that take about as long, and seconds that the first may take, which builds the models."""
+        return "generation", 90.0
+
+    @property
     def what(self) -> str:
         """In records and on the screen."""
         return f"model, {self.pattern}, {self.prompt}+{self.new} tokens x {self.batch}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """For cuSPARSELt's fastest algorithms with one shape, for all numbers of tokens in one process.
+
+    Attributes:
+        shape: of the weight, [out, in].
+        tokens: rows of the inputs, those of most interest first.
+    """
+
+    shape: tuple[int, int]
+    tokens: tuple[int, ...]
+
+    @property
+    def kind(self) -> tuple[str, float]:
+        """Cases that take about as long, and seconds that the first may take."""
+        return "search", 20.0
+
+    @property
+    def what(self) -> str:
+        """In records and on the screen."""
+        return f"search {self.shape[0]}x{self.shape[1]}"
 
 
 Case = Product | Generation
@@ -92,6 +125,25 @@ def cases(options: argparse.Namespace) -> list[Case]:
     found += _products(options, (*decode[0], *decode[1]), rest)
     found += _products(options, (*prefill[0], *prefill[1]), first[1:])
     return found
+
+
+def searches(left: Sequence[Case], sizes: Llama) -> Iterator[Case | Search]:
+    """``left``, each case behind a search for every shape that it is the first to multiply by with 2:4 zeros."""
+    tokens: dict[tuple[int, int], list[int]] = {}
+    for case in left:
+        for shape in _two_of_four(case, sizes):
+            tokens.setdefault(shape, []).extend(case.multiplied)
+    for case in left:
+        for shape in _two_of_four(case, sizes):
+            if found := tokens.pop(shape, None):
+                yield Search(shape, tuple(dict.fromkeys(found)))
+        yield case
+
+
+def _two_of_four(case: Case, sizes: Llama) -> list[tuple[int, int]]:
+    if case.pattern != "2:4":
+        return []
+    return [case.shape] if isinstance(case, Product) else list(sizes.fused().values())
 
 
 def _products(options: argparse.Namespace, tokens: tuple[int, ...], patterns: list[str]) -> Iterator[Case]:

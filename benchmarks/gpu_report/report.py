@@ -17,7 +17,7 @@ from gpu_machine.llama import Llama
 from gpu_machine.record import NOT_RUN, WRONG, Budget
 from kernels_gpu.layers import packed_weight
 
-from gpu_report.cases import SIZES, TINY, Case, Generation, Product, linears
+from gpu_report.cases import SIZES, TINY, Case, Generation, Product, Search, searches
 from sparsify.bench import product_times
 from sparsify.bench.host import environment, gpu, load
 from sparsify.bench.records import read, writer
@@ -28,8 +28,10 @@ from sparsify.roofline.ceilings import measure_ceilings
 from sparsify.types import parse_pattern
 
 RECORDS, BEGUN = "records.jsonl", "begun.txt"
-# For one of cuSPARSELt's problems.
-_SEARCH_S = 60.0
+# For one of cuSPARSELt's problems, and for those of one shape.
+_ANSWER_S, _SEARCH_S = 30.0, 60.0
+# On a GPU: a buffer that is read in less time than a few launches take says little of its memory.
+_CEILING_BYTES = 4 << 30
 
 
 def last_begun(out: Path) -> str | None:
@@ -65,8 +67,7 @@ class Report(Budget):
         self.done |= {line["what"] for line in known if line["record"] == "missing" and line["failed"]}
         self.done |= {_generated(line) for line in known if line["record"] == "latency" and line["baseline"]}
         self.out = self._stack.enter_context(writer(path, append=path.exists()))
-        tiny = {"quick": True, "n_bytes": 1 << 20, "size": 64} if options.tiny else {"quick": True}
-        self.ceilings = measure_ceilings(options.device, **tiny).device
+        self.ceilings = measure_ceilings(options.device, **_ceiling_sizes(options)).device
 
     def __enter__(self) -> Self:
         self.out.write(
@@ -74,23 +75,27 @@ class Report(Budget):
             ceilings=[self.ceilings.to_record()],
         )  # fmt: skip
         if what := last_begun(self.options.out):
-            self.failed(what, "the process that measured it did not come back")
-            self.done.add(what)
+            if what in self.done:  # that process could say itself what was wrong
+                self._failed += 1
+            else:
+                self.failed(what, "the process that measured it did not come back")
+                self.done.add(what)
             (self.options.out / BEGUN).unlink()
         for kernel in GPU_KERNELS:
             if why := kernel.absent(self.device):
                 self.not_run(f"kernel {kernel.name}", why)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
         if kind is None:
             if cases := self._unaffordable:
                 why = f"the budget of {self.options.budget_s:.0f} s is spent; give the same command again"
                 self.not_run(f"{len(cases)} cases, from {cases[0]} to {cases[-1]}", why)
-            self.out.write(
-                "end", seconds=time.monotonic() - self._started, failed=self._failed, load_1m=load(), gpu=gpu()
-            )
             (self.options.out / BEGUN).unlink(missing_ok=True)
+        elif what := last_begun(self.options.out):
+            # What is left behind tells who started this process that there is a rest to be measured.
+            self.failed(what, f"{kind.__name__}: {' '.join(str(error).split())[:300]}")
+        self.out.write("end", seconds=time.monotonic() - self._started, failed=self._failed, load_1m=load(), gpu=gpu())
         self._stack.close()
 
     @property
@@ -101,6 +106,7 @@ class Report(Budget):
     def failed(self, what: str, why: str) -> None:
         """Record that ``what`` gave a wrong result or crashed."""
         self._failed += 1
+        self.done.add(what)
         self._write_missing(what, why, failed=True)
 
     def not_run(self, what: str, why: str) -> None:
@@ -137,6 +143,12 @@ class Report(Budget):
         return label
 
 
+def _ceiling_sizes(options: argparse.Namespace) -> dict[str, Any]:
+    if options.tiny:
+        return {"quick": True, "n_bytes": 1 << 20, "size": 64}
+    return {"quick": False, "n_bytes": _CEILING_BYTES} if options.device == "cuda" else {"quick": True}
+
+
 def _done(kernel: dict[str, Any]) -> str:
     return Product(
         kernel["linear"], kernel["linears"], (kernel["shape"][0], kernel["shape"][1]), kernel["pattern"],
@@ -152,15 +164,25 @@ def _generated(latency: dict[str, Any]) -> str:
 
 def measure(report: Report, wanted: Sequence[Case]) -> None:
     """Measure those of ``wanted`` that no record has, as far as the budget goes."""
-    left = [(case.what, case) for case in wanted if case.what not in report.done]
-    for what, case in report.affordable(left):
-        report.begin(what)
-        if case.pattern == "2:4":
-            _search(report, case)
-        if isinstance(case, Generation):
-            from gpu_report.generation import measure_generation
+    # It imports this module.
+    from gpu_report.generation import Linears, build_linears, measure_generation
 
-            measure_generation(report, case)
+    left = [case for case in wanted if case.what not in report.done]
+    with_searches = left if CUSPARSELT.absent(report.device) else searches(left, report.sizes)
+    named = [(case.what, case) for case in with_searches if case.what not in report.done]
+    built: Linears | None = None
+    for what, case in report.affordable(named, lambda case: case.kind):
+        report.begin(what)
+        if isinstance(case, Generation):
+            if built is None or built.pattern != case.pattern:
+                built = None  # before there is another
+                built = build_linears(report, case.pattern)
+                report.begin(what)
+            measure_generation(report, case, built)
+            continue
+        built = None
+        if isinstance(case, Search):
+            _search(report, case)
         else:
             _measure_product(report, case)
 
@@ -171,6 +193,7 @@ def _measure_product(report: Report, case: Product) -> None:
     n_bytes = round(n_weights * packed.n_bytes / math.prod(case.shape))
     label = report.artifact(case.pattern, case.pattern, n_bytes)
     n_copied = 1 << 16 if report.options.tiny else 0
+    rows = 0
     for fields in product_times.measure(
         packed, [case.tokens], report.options.rounds, report.ceilings,
         lambda why: report.failed(f"{case.what}: {why.partition(',')[0]}", why), n_bytes=n_copied,
@@ -179,26 +202,35 @@ def _measure_product(report: Report, case: Product) -> None:
             "kernel", artifact=label, linear=case.linear, linears=case.linears, shape=list(case.shape),
             pattern=case.pattern, **fields,
         )  # fmt: skip
+        rows += 1
         shown = {name: f"{times['median_us']:.1f} us" for name, times in fields["kernels"].items()}
         print(f"{case.what}: {shown}", flush=True)
     if report.device.type == "cuda":
         # An error that a kernel leaves behind is this case's, and not that of the next.
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+    if not rows:
+        report.failed(case.what, "no dense product could be timed")
 
 
-def _search(report: Report, case: Case) -> None:
-    """Have cuSPARSELt's algorithms searched for, of all shapes at once: the process that does it is slow to start."""
-    if CUSPARSELT.absent(report.device):
-        return
-    problems = [
-        Problem(*shape, -(-tokens // 8) * 8, "bfloat16")
-        for tokens in case.multiplied
-        for _, shape in linears(report.sizes).values()
-    ]
+class _Spent(Exception):
+    """A search has taken its time."""
+
+
+def _search(report: Report, case: Search) -> None:
+    """Have cuSPARSELt's algorithms searched for in one process; what there is no time for, products search for."""
+    problems = list(dict.fromkeys(Problem(*case.shape, -(-tokens // 8) * 8, "bfloat16") for tokens in case.tokens))
+    started = time.monotonic()
 
     def told(problem: Problem, row: dict[str, Any]) -> None:
         if "failed" in row:
             report.failed(f"search {problem.key}", row["failed"])
+        if time.monotonic() - started > _SEARCH_S and problem != problems[-1]:
+            raise _Spent(f"{problem.key} is the last that {_SEARCH_S:.0f} s were enough for")
 
-    search(problems, report.device, min(_SEARCH_S, max(1.0, report.left_s / 2)), told)
+    try:
+        search(problems, report.device, min(_ANSWER_S, max(1.0, report.left_s / 2)), told)
+    except _Spent as spent:
+        report.not_run(f"{case.what}: rest", str(spent))
+    except Exception as error:  # products are right without it
+        report.failed(case.what, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")

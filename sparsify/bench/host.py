@@ -39,7 +39,7 @@ def environment(threads: int | None) -> dict[str, Any]:
             "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         },
         "gpu": gpu(),
-        "versions": versions(*_PACKAGES),
+        "versions": environment_versions(),
     }
 
 
@@ -51,9 +51,19 @@ def load() -> float | None:
         return None
 
 
-def gpu() -> dict[str, str] | None:
-    """What the driver says of the first GPU's clocks, power and temperature; None where there is none."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader", "--id=0"]
+def environment_versions() -> dict[str, str]:
+    """Versions in this interpreter's environment."""
+    return versions(*_PACKAGES)
+
+
+def gpu(device: str = "cuda") -> dict[str, str] | None:
+    """What the driver says of a GPU's clocks, power and temperature; None where there is none.
+
+    Args:
+        device: ``cuda:1`` is the driver's second GPU; anything without a number is its first.
+    """
+    number = device.partition(":")[2] or "0"
+    command = ["nvidia-smi", f"--query-gpu={','.join(_GPU)}", "--format=csv,noheader", f"--id={number}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

@@ -28,14 +28,16 @@ def latency_record(
     traces = {each["trace_sha256"] for each in rounds}
     if len(traces) != 1:
         raise MeasurementError(f"{len(traces)} traces in one scenario, want one; measure again")
-    gaps = [gap for each in rounds for row in each["gaps_s"] for gap in row]
+    # Rows that come together are one sample, however many they are.
+    firsts = [value for each in rounds for value in dict.fromkeys(each["ttft_s"])]
+    gaps = [gap for each in rounds for row in dict.fromkeys(map(tuple, each["gaps_s"])) for gap in row]
     made = rounds[0]["tokens"]
     return {
         "trace_sha256": traces.pop(),
         "interleaved": True,
         "rounds": [{key: each[key] for key in _OF_ROUND} for each in rounds],
         "statistics": {
-            "ttft_s": spread([value for each in rounds for value in each["ttft_s"]]),
+            "ttft_s": spread(firsts),
             "tpot_s": spread(gaps) if gaps else None,
             "total_s": spread([each["total_s"] for each in rounds]),
             "tokens_per_s": spread([batch * new_tokens / each["total_s"] for each in rounds]),

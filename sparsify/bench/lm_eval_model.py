@@ -1,7 +1,8 @@
 """A runtime session as a model of lm-eval: its requests, in tokens, answered by a scoring function.
 
-Contexts, truncation and rolling windows are those of lm-eval's own ``HFLM``, so that both give the same figures for the
-same model. Imported where lm-eval is installed, and nowhere else.
+Contexts, truncation and rolling windows are those of lm-eval's own ``HFLM`` with the same ``max_length``, so that both
+give the same figures for the same model; by itself ``HFLM`` sees as much as the model has positions for. Imported where
+lm-eval is installed, and nowhere else.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # a class of lm-eval, which 
         score: ``sparsify.bench.scoring.score`` of an open session.
         tokenizer: the model's, of transformers. Whether it puts BOS before a text is left to it.
         max_length: tokens the model sees at most; ``score`` is given one more, the last to predict. Longer requests
-            lose tokens at their start.
+            lose tokens at their start, and count in ``cut``.
         generate: for tasks that generate text; None where the runtime cannot.
         progress: called with (requests answered, requests) of the kind being answered.
+
+    Attributes:
+        asked: requests so far.
+        cut: those of them that lost tokens.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # a class of lm-eval, which 
         super().__init__()
         self.tokenizer, self.max_length = tokenizer, max_length
         self._score, self._generate, self._progress = score, generate, progress
+        self.asked = self.cut = 0
 
     @property
     def eot_token_id(self) -> int | None:
@@ -91,7 +97,9 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # a class of lm-eval, which 
                 f"lm-eval task: a continuation has {len(continuation)} tokens, of which the model sees "
                 f"{self.max_length}; leave the task out"
             )
-        ids = np.array([(context + continuation)[-self.max_length - 1 :]], dtype=np.int64)
+        whole = context + continuation
+        self.cut += len(whole) > self.max_length + 1
+        ids = np.array([whole[-self.max_length - 1 :]], dtype=np.int64)
         logprobs, greedy = self._score(ids, len(continuation))
         return float(logprobs.sum()), bool(greedy.all())
 
@@ -128,7 +136,9 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # a class of lm-eval, which 
             raise DataError(
                 f"lm-eval task: it wants {wanted['max_gen_toks']} new tokens of a model that sees {self.max_length}"
             )
-        ids = np.array([self.tok_encode(context)[-room:]], dtype=np.int64)
+        whole = self.tok_encode(context)
+        self.cut += len(whole) > room
+        ids = np.array([whole[-room:]], dtype=np.int64)
         stops, made, text = [stop for stop in wanted["until"] if stop], [], ""
         for token in self._generate(ids, wanted["max_gen_toks"]):
             if token == self.eot_token_id:
@@ -144,5 +154,6 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # a class of lm-eval, which 
     def _ticking(self, requests: Sequence[Any]) -> Iterator[Any]:
         for done, request in enumerate(requests, 1):
             yield request
+            self.asked += 1
             if self._progress is not None:
                 self._progress(done, len(requests))

@@ -1,7 +1,8 @@
 """How much a model's predictions are worth: perplexity of one session, KL divergence between two.
 
 Perplexity is exp of the mean of -log p(token | tokens before it in its window), in nats, over every counted token.
-KL(reference || candidate) = sum over the vocabulary of p (log p - log q), the mean over positions.
+KL(reference || candidate) = sum over the vocabulary of p (log p - log q), the mean over positions. A position that
+overlapping windows share counts once, in the first window that has it.
 """
 
 import math
@@ -53,8 +54,8 @@ class KlDivergence:
 
     Attributes:
         mean_nats: mean over positions of KL(reference || candidate), in nats.
-        standard_error_nats: standard error of that mean taken over windows; None for a single window.
-        n_tokens: positions compared.
+        standard_error_nats: of that mean, with windows as the sampling unit (``ratio``); None for a single window.
+        n_tokens: positions compared; the last of a window, which predicts no token there, is one.
         n_windows: windows run.
         top1_agreement: fraction of positions where both put the same token first.
     """
@@ -73,8 +74,8 @@ def _check_windows(windows: NDArray[Any], shortest: int) -> None:
         raise DataError(f"windows: {list(windows.shape)} holds nothing to predict; give more text or a smaller length")
 
 
-def _check_stride(windows: NDArray[Any], stride: int | None) -> int:
-    _check_windows(windows, shortest=2)
+def _check_stride(windows: NDArray[Any], stride: int | None, shortest: int = 2) -> int:
+    _check_windows(windows, shortest)
     length = int(windows.shape[1])
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
@@ -230,23 +231,28 @@ def kl_divergence(
     reference: Session,
     candidate: Session,
     windows: NDArray[np.int64],
+    *,
+    stride: int | None = None,
     progress: Progress | None = None,
 ) -> KlDivergence:
-    """KL(reference || candidate) over every position of every window; two windows of logits are held at a time.
+    """KL(reference || candidate) over every position; two windows of logits are held at a time.
+
+    With a ``stride`` below the length, of every window after the first only the last ``stride`` positions count: each
+    position of the text once, as in ``perplexity`` each token.
 
     Args:
         reference: the session whose predictions count as right.
         candidate: the session to judge.
         windows: [n, length] int64 token ids.
+        stride: 1 to length; None is the length.
         progress: called with (windows done, windows in all).
 
     Raises:
-        DataError: no windows, or empty ones.
+        DataError: no windows, empty ones, a stride out of range, or windows that do not overlap as it says.
         ModelError: the two sessions have vocabularies of different sizes.
         NumericsError: NaN or Inf among either's logits; names window and position.
     """
-    _check_windows(windows, shortest=1)
-    divergence = _Divergence(windows.shape)
+    divergence = _Divergence(windows.shape[-1], _check_stride(windows, stride, shortest=1))
     for i in range(len(windows)):
         left, right = (session.logits(windows[i : i + 1])[0] for session in (reference, candidate))
         divergence.add(reference, candidate, i, left, right)
@@ -258,9 +264,10 @@ def kl_divergence(
 class _Divergence:
     """KL divergence and agreement of the first choice, window by window."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.n_windows, self.length = shape
-        self.means = np.zeros(self.n_windows, dtype=np.float64)
+    def __init__(self, length: int, stride: int) -> None:
+        self.length, self.stride = length, stride
+        self.sums: list[float] = []
+        self.counts: list[int] = []
         self.agreed = 0
 
     def add(
@@ -270,18 +277,22 @@ class _Divergence:
             raise ModelError(
                 f"{candidate.name}: its vocabulary of {right.shape[-1]} is not the {left.shape[-1]} of {reference.name}"
             )
-        for rows in blocks(self.length, left.shape[-1]):
-            check_finite(left[rows], reference, rows.start, f"window {i}, ")
-            check_finite(right[rows], candidate, rows.start, f"window {i}, ")
+        # The positions before these were in the window before.
+        first, total = 0 if i == 0 else self.length - self.stride, 0.0
+        left, right = left[first:], right[first:]
+        for rows in blocks(len(left), left.shape[-1]):
+            check_finite(left[rows], reference, first + rows.start, f"window {i}, ")
+            check_finite(right[rows], candidate, first + rows.start, f"window {i}, ")
             log_p, log_q = _log_softmax(left[rows]), _log_softmax(right[rows])
-            self.means[i] += float((np.exp(log_p) * (log_p - log_q)).sum())
+            total += float((np.exp(log_p) * (log_p - log_q)).sum())
             self.agreed += int((left[rows].argmax(axis=1) == right[rows].argmax(axis=1)).sum())
-        self.means[i] /= self.length
+        self.sums.append(total)
+        self.counts.append(len(left))
 
     def result(self) -> KlDivergence:
-        error = float(self.means.std(ddof=1) / math.sqrt(self.n_windows)) if self.n_windows > 1 else None
-        n_tokens = self.n_windows * self.length
-        return KlDivergence(float(self.means.mean()), error, n_tokens, self.n_windows, self.agreed / n_tokens)
+        mean, error = ratio(self.sums, self.counts)
+        n_tokens = sum(self.counts)
+        return KlDivergence(mean, error, n_tokens, len(self.counts), self.agreed / n_tokens)
 
 
 def compare(
@@ -300,7 +311,7 @@ def compare(
     stride = _check_stride(windows, stride)
     n_windows, length = windows.shape
     of_reference, of_candidate = _Likelihood(length, stride), _Likelihood(length, stride)
-    divergence = _Divergence(windows.shape)
+    divergence = _Divergence(length, stride)
     for i in range(n_windows):
         left, right = (session.logits(windows[i : i + 1])[0] for session in (reference, candidate))
         of_reference.add(reference, i, windows[i], left)

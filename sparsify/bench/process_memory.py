@@ -16,7 +16,7 @@ class Memory:
         processes: how many.
         resident_bytes: resident now, added up; pages that several share count in each.
         peak_bytes: the largest each has been, added up.
-        device_bytes: held on GPUs now; None where no driver tells.
+        device_bytes: held on GPUs now; None where no driver tells, or none by these processes.
     """
 
     processes: int
@@ -40,6 +40,17 @@ def memory_of(pid: int) -> Memory:
     return Memory(count, resident, peak, _device_bytes(set(pids)))
 
 
+def session_members(session: int) -> list[int]:
+    """Processes of a session (as of ``setsid``), from /proc: also those whose parents have ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
 def tree(pid: int) -> list[int]:
     """``pid`` and its descendants, from /proc."""
     children: dict[int, list[int]] = {}
@@ -59,6 +70,8 @@ def _device_bytes(pids: set[int]) -> int | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
         rows = [line.split(",") for line in done.stdout.splitlines() if line.strip()]
-        return sum(int(row[1]) << 20 for row in rows if int(row[0]) in pids)
+        mine = [int(row[1]) << 20 for row in rows if int(row[0]) in pids]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+    # Not a zero: in a container the driver may know processes by other numbers than ours.
+    return sum(mine) if mine else None

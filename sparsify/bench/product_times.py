@@ -27,10 +27,15 @@ from sparsify.kernels.operators import define
 from sparsify.kernels.packed_reference import PACKED
 from sparsify.kernels.semi_structured import CUSPARSELT, CUSPARSELT_FP8, CUTLASS
 from sparsify.kernels.table import last_level_cache_bytes
+from sparsify.kernels.triton_config import MAX_TOKENS
+from sparsify.kernels.triton_decode import TRITON
 from sparsify.roofline import work
 from sparsify.roofline.devices import Device
 
-DENSE, LOOP = "dense torch", "dense own loop"
+DENSE, LOOP, CUBLASLT = "dense torch", "dense own loop", "dense cublaslt"
+_DENSE_WAYS = (DENSE, LOOP, CUBLASLT)
+# For more tokens than a decode's this kernel writes the dense weight and has torch multiply by it.
+EXPANDED = f"{TRITON.name}, expanded"
 # The slow reference, which is measured where nothing else takes a weight, and a kernel that rounds to 8 bits, whose
 # rival would be a dense product in 8 bits.
 _LEFT_OUT = (PACKED.name, CUSPARSELT_FP8.name)
@@ -59,6 +64,17 @@ def _loop(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 _LOOP_OP = define(
     "dense_loop(Tensor x, Tensor weight) -> Tensor", _loop, lambda x, weight: x.new_empty(len(x), len(weight)), "CPU"
 )
+
+
+def _cublaslt(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The dense product by the other of NVIDIA's libraries, which may choose another kernel."""
+    library = torch.backends.cuda.preferred_blas_library
+    before = library()
+    library("cublaslt")
+    try:
+        return linear(x, weight)
+    finally:
+        library(before)
 
 
 @dataclass(frozen=True)
@@ -92,9 +108,10 @@ def measure(
         n_bytes: of the copies of the smallest form of the weight; 0: more than the cache holds.
 
     Yields:
-        For each number of tokens the fields of a ``kernel`` record that do not say which linear it is.
+        For each number of tokens the fields of a ``kernel`` record that do not say which linear it is; nothing where
+        no dense product can be timed.
     """
-    products = Products(packed, n_bytes)
+    products = Products(packed, n_bytes, told)
     device = packed.values.device
     for count in tokens:
         x = torch.randn(count, packed.shape[1], device=device).to(packed.dtype)
@@ -103,6 +120,9 @@ def measure(
             if on_gpu:
                 products.search(x, told)
             samples = _samples(products.calls(x), x, products.n_copies, rounds, told, on_gpu=on_gpu)
+        dense = [way for way in _DENSE_WAYS if way in samples]
+        if not dense:
+            continue
         times = {
             name: {
                 "samples_us": found,
@@ -118,7 +138,7 @@ def measure(
             "tokens": count,
             "threads": None if on_gpu else torch.get_num_threads(),
             "kernels": times,
-            "best_dense": min({DENSE, LOOP} & times.keys(), key=lambda name: times[name]["median_us"]),
+            "best_dense": min(dense, key=lambda name: times[name]["median_us"]),
             "auto": here if here in times else None,
             "cold": products.cold,
             "graphs": on_gpu,
@@ -141,18 +161,27 @@ class Products:
     """One weight in every form that its device multiplies by, several times.
 
     Args:
-        packed: see ``measure``, as ``n_bytes``.
+        packed: see ``measure``, as ``n_bytes`` and ``told``.
         n_bytes: see there.
+        told: see there.
 
     Attributes:
         n_copies: of each form.
         cold: whether those of the smallest form exceed the last-level cache.
     """
 
-    def __init__(self, packed: Packed, n_bytes: int = 0) -> None:
+    def __init__(self, packed: Packed, n_bytes: int = 0, told: Callable[[str], None] = lambda why: None) -> None:
         self._packed = packed
-        self._kernels, self._auto = _kernels(packed), choose(packed, AUTO, packed.dtype)
-        states = {name: kernel.prepare(packed) for name, kernel in self._kernels.items()}
+        self._auto = choose(packed, AUTO, packed.dtype)
+        self._kernels: dict[str, Kernel] = {}
+        states: dict[str, State] = {}
+        for name, kernel in _kernels(packed).items():
+            try:
+                states[name] = kernel.prepare(packed)
+            except Exception as error:  # of libraries that have no common class
+                told(f"{name}, its form of the weight: {_told(error)}")
+                continue
+            self._kernels[name] = kernel
         states[DENSE] = State({"dense": decode(packed)}, {})
         # A plan may want the dense weight beside the packed one, and does not read it in the steps that are timed.
         tensors = {
@@ -171,7 +200,7 @@ class Products:
         plan, kernel = self._auto.plan, self._auto.kernel
         if kernel is None or (plan and native.way_for(plan, tokens) == native.DENSE):
             return DENSE
-        return kernel.name.removesuffix("+dense")
+        return _key(kernel.name.removesuffix("+dense"), tokens)
 
     def calls(self, x: torch.Tensor) -> dict[str, Callable[[int], torch.Tensor]]:
         """Each way to multiply ``x`` [tokens, in], as a function of the place of a copy."""
@@ -180,11 +209,13 @@ class Products:
         few = len(x) < tuning_cpu.MANY_TOKENS
         if few and x.device.type == "cpu" and x.dtype == torch.bfloat16 and "bf16" in native.features():
             found[LOOP] = lambda i: _LOOP_OP(x, dense[i]["dense"])
+        if x.device.type == "cuda" and hasattr(torch.backends.cuda, "preferred_blas_library"):
+            found[CUBLASLT] = lambda i: _cublaslt(x, dense[i]["dense"])
         here = self.runs(len(x))
         for name, kernel in self._kernels.items():
             # Of the native one, the plan that is followed.
             chosen = self._auto.kernel if here == name and self._auto.kernel else kernel
-            found[name] = partial(self._multiply, chosen, name, x)
+            found[_key(name, len(x))] = partial(self._multiply, chosen, name, x)
         return found
 
     def search(self, x: torch.Tensor, told: Callable[[str], None]) -> None:
@@ -193,8 +224,8 @@ class Products:
             form = self._forms[name]
             try:
                 tuning_gpu.search_launch(kernel, State(form.copies[0], form.sizes), x)
-            except RuntimeError as error:
-                told(_failure(name, x, error))
+            except Exception as error:  # Triton's own have no common class
+                told(_failure(_key(name, len(x)), x, error))
 
     def _multiply(self, kernel: Kernel, name: str, x: torch.Tensor, i: int) -> torch.Tensor:
         form = self._forms[name]
@@ -205,9 +236,9 @@ class Products:
         nothing = {"roof_us": None, "limited_by": None}
         if ceilings is None:
             return nothing
-        dense = name in (DENSE, LOOP)
+        dense = name in _DENSE_WAYS
         storage = work.Storage(sparse_cores=name in (CUSPARSELT.name, CUTLASS.name))
-        n_bytes = self._forms[DENSE if dense else name].n_bytes
+        n_bytes = self._forms[DENSE if dense else TRITON.name if name == EXPANDED else name].n_bytes
         needed = work.linear_work(*self._packed.shape, tokens, _name(self._packed.dtype), storage, n_bytes)
         if self._packed.values.dtype == torch.int8 and not dense and "int8" in ceilings.flops:
             # Some ways multiply bytes.
@@ -217,6 +248,11 @@ class Products:
         except UsageError:  # no peak is known for the type
             return nothing
         return {"roof_us": 1e6 * least.seconds, "limited_by": least.limited_by}
+
+
+def _key(name: str, tokens: int) -> str:
+    """What a kernel's times go by."""
+    return EXPANDED if name == TRITON.name and tokens > MAX_TOKENS else name
 
 
 def _n_copies(sizes: Collection[int], device: torch.device, n_bytes: int) -> tuple[int, bool]:
@@ -240,15 +276,23 @@ def _several(tensors: Mapping[str, torch.Tensor], n: int) -> list[dict[str, torc
 
 
 def _failure(name: str, x: torch.Tensor, error: Exception) -> str:
-    return f"{name}, {len(x)} tokens: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{name}, {len(x)} tokens: {_told(error)}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _samples(
     run: Mapping[str, Callable[[int], torch.Tensor]], x: torch.Tensor, n: int, rounds: int, told: Callable[[str], None],
     *, on_gpu: bool,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Microseconds of a product with ``x`` by each of ``run`` that is right."""
-    wanted = run[DENSE](0).float()
+    """Microseconds of a product with ``x`` by each of ``run`` that is right; of none where torch's dense one fails."""
+    try:
+        wanted = run[DENSE](0).float()
+    except Exception as error_:
+        told(_failure(DENSE, x, error_))
+        return {}
     right: dict[tuple[int, str], Callable[[int], torch.Tensor]] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     calls = max(n, _LEAST_CALLS)
@@ -266,6 +310,8 @@ def _samples(
             told(_failure(name, x, error_))
             continue
         right[0, name] = call
+    if (0, DENSE) not in right:
+        return {}
     if on_gpu:
         return {name: [us / calls for us in found] for name, found in replayed_us(graphs, rounds).items()}
     return {name: found for (_, name), found in tuning_cpu.interleaved(right, (0, DENSE), n, rounds).items()}

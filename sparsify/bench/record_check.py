@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib import resources
-from math import isclose, isfinite, log
+from math import fsum, isclose, isfinite, log
 from typing import Any
 
 from sparsify.errors import DataError, MissingExtraError
@@ -106,6 +106,11 @@ def _contradiction(record: Record) -> str:
         # The logarithm, since exp may be no number.
         if not isclose(log(max(record["perplexity"], 1e-300)), mean, rel_tol=1e-6, abs_tol=1e-6):
             return "perplexity is not exp of nll_mean"
+    if record["record"] == "task" and record["samples"] is not None:
+        if len(record["samples"]) != record["n"]:
+            return "samples are not n"
+        if not isclose(fsum(record["samples"]) / record["n"], record["value"], rel_tol=1e-6, abs_tol=1e-9):
+            return "value is not the mean of samples"
     if record["record"] == "kernel":
         for key in ("best_dense", "auto"):
             if record[key] is not None and record[key] not in record["kernels"]:

@@ -46,6 +46,7 @@ class Request:
         runtimes: to measure in; each artifact in those that open it.
         runtime: options of all runtimes, of which each takes its own; ``name`` is not looked at.
         rounds: of each scenario.
+        twin: hold the baseline twice; without, no difference can be claimed.
         warm_up: calls of each scenario before its rounds.
         seed: of prompts and windows.
         windows: text for perplexity, or None.
@@ -63,6 +64,7 @@ class Request:
     runtimes: tuple[str, ...]
     runtime: Runtime = field(default_factory=Runtime)
     rounds: int = 7
+    twin: bool = True
     warm_up: int = 1
     seed: int = 0
     windows: Windows | None = None
@@ -85,7 +87,12 @@ class Request:
         """Tokens of the longest sequence in any scenario or window."""
         lengths = [each.prompt_tokens + each.new_tokens for each in self.scenarios]
         lengths.append(0 if self.windows is None else int(self.windows.ids.shape[1]))
-        return max(*lengths, self.task_length)
+        return max(*lengths, self.task_length, self.probe)
+
+    @property
+    def probe(self) -> int:
+        """Tokens that have to come out finite before anything is measured."""
+        return max([2, *(each.prompt_tokens for each in self.scenarios)])
 
     def interpreter(self, runtime: str) -> str:
         """Python of the processes of a runtime."""

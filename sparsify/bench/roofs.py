@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsify.bench.engaged import runs_sparse
 from sparsify.bench.request import Request, Scenario
 from sparsify.bench.subjects import Subject
-from sparsify.errors import SparsifyError, UsageError
+from sparsify.errors import ModelError, SparsifyError, UsageError
 from sparsify.roofline.devices import Device
 from sparsify.roofline.work import DENSE, ModelWork, Storage, step_roof, storage_of
 from sparsify.types import LinearSpec, parse_pattern
@@ -25,25 +26,28 @@ class Roofs:
 
     def __init__(self, device: Device | None) -> None:
         self._device = device
-        self._work: dict[tuple[str, str, bool], ModelWork | None] = {}
+        self._work: dict[tuple[str, str], ModelWork | None] = {}
 
     def records(self) -> list[dict[str, Any]]:
         """The ``ceilings`` of a ``run`` record."""
         return [] if self._device is None else [self._device.to_record()]
 
     def step(
-        self, subject: Subject, runtime: str, scenario: Scenario, request: Request, *, sparse: bool
+        self, subject: Subject, opened: dict[str, Any], scenario: Scenario, request: Request
     ) -> dict[str, Any] | None:
-        """The ``roof`` of a ``latency`` record; None where arithmetic or model is not one of those that are understood.
+        """The ``roof`` of a ``latency`` record.
+
+        None where arithmetic or model is not one of those that are understood, or runs on another device than the one
+        that was measured.
 
         Args:
             subject: the artifact.
-            runtime: where it runs.
+            opened: what its worker said: device, and the kernel of each linear, for only a sparse one reads weights
+                without their zeros.
             scenario: what runs.
             request: options of the runtime.
-            sparse: whether sparse kernels run: only these read weights without their zeros.
         """
-        if self._device is None:
+        if self._device is None or self._device.kind != opened["device"]:
             return None
         dtype = request.dtype
         if subject.kind in ("onnx", "tensorrt"):
@@ -51,28 +55,35 @@ class Roofs:
             if precision not in _GRAPH_DTYPES:
                 return None
             dtype = _GRAPH_DTYPES[precision]
-        key = (subject.label, dtype, sparse)
+        key = (subject.label, opened["session"])
         try:
             if key not in self._work:
-                self._work[key] = _work(subject, dtype, sparse=sparse, request=request)
+                self._work[key] = _work(subject, dtype, opened["engaged"], request)
             work = self._work[key]
             if work is None:
                 return None
             roof = step_roof(work, self._device, scenario.prompt_tokens, scenario.batch, scenario.new_tokens)
-        except UsageError:  # no peak of this type is known
+        except (UsageError, ModelError):  # no peak of this type is known, or a config that says odd things
             return None
         return {**roof._asdict(), "ceilings": self._device.how}
 
 
-def _work(subject: Subject, dtype: str, *, sparse: bool, request: Request) -> ModelWork | None:
+def _work(subject: Subject, dtype: str, engaged: Mapping[str, str], request: Request) -> ModelWork | None:
     from sparsify.model import load_skeleton
 
     try:
         skeleton = load_skeleton(subject.folder, trust_remote_code=request.trust_remote_code)
     except SparsifyError:
         return None
-    rows: Sequence[dict[str, Any]] = (subject.body or {}).get("linears", ()) if sparse else ()
-    patterns = {row["name"]: parse_pattern(row["pattern"]) for row in rows}
+    # Linears that a runtime fuses go by another name there: the roof is one for the best that can have run.
+    any_sparse = any(map(runs_sparse, engaged.values()))
+    rows: Sequence[dict[str, Any]] = (subject.body or {}).get("linears", ())
+    patterns = {
+        row["name"]: pattern
+        for row in rows
+        if (pattern := parse_pattern(row["pattern"])).sparsity > 0
+        and (runs_sparse(engaged[row["name"]]) if row["name"] in engaged else any_sparse)
+    }
 
     def storage(spec: LinearSpec) -> Storage:
         return storage_of(patterns[spec.name]) if spec.name in patterns else DENSE

@@ -1,7 +1,14 @@
-"""Rounds of one scenario: who is asked when, and what each answered or failed with."""
+"""Rounds of one scenario: who is asked when, and what each answered or failed with.
+
+The baseline is held twice, in two processes that take part like any other: what the two differ by is what the same
+thing differs by. The order is drawn anew for each round, and nobody is asked twice in a row, so that everybody comes
+after everybody else alike. Each is woken by an untimed token first: after others have had the caches and the cores, the
+first touch costs what it does not in a process that serves.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +19,7 @@ from sparsify.bench.workers import WorkerProcess
 from sparsify.errors import SparsifyError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Held:
     """A subject that a worker holds open.
 
@@ -22,6 +29,8 @@ class Held:
         worker: its process.
         opened: what the worker said of the session.
         loaded_bytes: resident once it was open.
+        twin: the baseline's second process.
+        device_bytes: most that was seen on GPUs; None where no driver tells.
     """
 
     subject: Subject
@@ -29,25 +38,32 @@ class Held:
     worker: WorkerProcess
     opened: dict[str, Any]
     loaded_bytes: int
+    twin: bool = False
+    device_bytes: int | None = None
 
 
 @dataclass
 class Taken:
-    """Of one subject: its rounds, and what ended them."""
+    """Of one process: its rounds, and what ended them."""
 
     rounds: list[dict[str, Any]] = field(default_factory=list)
     error: SparsifyError | None = None
 
 
+def orders(n: int, rounds: int, seed: int) -> list[list[int]]:
+    """For each round an order of ``n`` places, the same for the same seed; no place follows itself."""
+    draw, found = random.Random(seed), list[list[int]]()
+    for _ in range(rounds):
+        order = draw.sample(range(n), n)
+        if found and n > 1 and order[0] == found[-1][-1]:
+            order = [*order[1:], order[0]]
+        found.append(order)
+    return found
+
+
 def steps(request: Request, held: Sequence[Held]) -> int:
-    """How often somebody is asked in a scenario."""
-    return request.warm_up * len(held) + request.rounds * len(_slots(held))
-
-
-def _slots(held: Sequence[Held]) -> list[tuple[int, bool]]:
-    """Place in ``held`` and whether it is asked again: the baseline has the first turn and the last."""
-    again = [(i, True) for i, each in enumerate(held) if i == 0 and each.baseline is None]
-    return [(i, False) for i in range(len(held))] + again
+    """How often somebody is asked for a scenario."""
+    return (request.warm_up + request.rounds) * len(held)
 
 
 def take_rounds(
@@ -56,38 +72,36 @@ def take_rounds(
     """Ask everybody in turn; who fails once is not asked again.
 
     Args:
-        held: the baseline first, where there is one.
+        held: everybody.
         scenario: what to ask for.
         request: rounds, calls before them, seed.
         asked: called after each turn.
 
     Returns:
-        For each of ``held`` its rounds: what ``time_stream`` gave, with ``round``, ``position`` and ``again``.
+        For each of ``held`` its rounds: what ``time_stream`` gave, with ``round``, ``position`` and ``again``, which is
+        true for the twin.
     """
     taken = [Taken() for _ in held]
-    arguments = {
-        "seed": request.seed, "prompt_tokens": scenario.prompt_tokens, "batch": scenario.batch,
-        "n": scenario.new_tokens,
-    }  # fmt: skip
+    prompt = {"seed": request.seed, "prompt_tokens": scenario.prompt_tokens, "batch": scenario.batch}
 
-    def ask(place: int) -> dict[str, Any] | None:
+    def ask(place: int, *counts: int) -> dict[str, Any] | None:
         found = None
         if taken[place].error is None:
             try:
-                found = held[place].worker.ask("stream", **arguments)
+                for n in counts:
+                    found = held[place].worker.ask("stream", **prompt, n=n)
             except SparsifyError as error:
-                taken[place].error = error
+                taken[place].error, found = error, None
         asked()
         return found
 
     for _ in range(request.warm_up):
         for place in range(len(held)):
-            ask(place)
-    slots = _slots(held)
-    for number in range(request.rounds):
-        # Every second round goes the other way, so that nobody is always in the same one's wake.
-        for position, (place, again) in enumerate(slots if number % 2 == 0 else slots[::-1]):
-            times = ask(place)
+            ask(place, scenario.new_tokens)
+    for number, order in enumerate(orders(len(held), request.rounds, request.seed)):
+        for position, place in enumerate(order):
+            times = ask(place, 1, scenario.new_tokens)
             if times is not None:
-                taken[place].rounds.append({"round": number, "position": position, "again": again, **times})
+                head = {"round": number, "position": position, "again": held[place].twin}
+                taken[place].rounds.append({**head, **times})
     return taken

@@ -1,7 +1,7 @@
 """A run: for each runtime all artifacts are held at once and asked in turn, and what is complete is recorded.
 
-Round by round the baseline goes first and last and the artifacts go between, every second round in the reverse order;
-so drift of the machine hits all alike, and the baseline's two times say what the same thing differs by.
+The baseline is held twice (``rounds``). A run goes on where a measurement fails, and ends where records cannot be
+written.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,60 +67,79 @@ class Run:
 
     def group(self, runtime: str, baseline: Subject | None, candidates: Sequence[Subject]) -> None:
         """Measure ``candidates`` and their baseline in one runtime."""
-        subjects = [baseline, *candidates] if baseline is not None else list(candidates)
+        wanted = [(baseline, False)] if baseline is not None else []
+        wanted += [(candidate, False) for candidate in candidates]
+        wanted += [(baseline, True)] if baseline is not None and self.request.twin and self.request.scenarios else []
         with ExitStack() as stack:
             held: list[Held] = []
-            self.progress.stage(f"{runtime}: starting", len(subjects))
-            for subject in subjects:
+            self.progress.stage(f"{runtime}: starting", len(wanted))
+            for subject, twin in wanted:
                 against = None if baseline is None or subject is baseline else baseline.label
-                held += self.hold(stack, runtime, subject, against)
+                held += self.hold(stack, runtime, subject, against, twin=twin)
                 self.progress.advance()
             for scenario in self.request.scenarios:
                 held = list(self.scenario(runtime, scenario, held))
+                for each in held:
+                    found = each.worker.memory().device_bytes
+                    each.device_bytes = max(filter(None, (found, each.device_bytes)), default=found)
+            for each in held:
+                if each.twin:
+                    each.worker.close()
+            held = [each for each in held if not each.twin]
             for each in held:
                 self.memory(runtime, each)
             self.accuracy(runtime, held)
 
-    def hold(self, stack: ExitStack, runtime: str, subject: Subject, baseline: str | None) -> Iterator[Held]:
+    def hold(
+        self, stack: ExitStack, runtime: str, subject: Subject, baseline: str | None, *, twin: bool
+    ) -> Iterator[Held]:
         """Open a subject; nothing where that fails."""
-        name = f"{subject.label} in {runtime}"
+        name = f"{subject.label} in {runtime}" + (", a second time" if twin else "")
+        worker = None
         try:
             worker = stack.enter_context(self.worker(name, runtime))
             opened = worker.ask(
                 "open", path=str(subject.folder), runtime=asdict(self.request.options(runtime)),
-                vocab_size=_vocab_size(subject.folder),
+                vocab_size=_vocab_size(subject.folder), probe=self.request.probe,
                 trust_remote_code=self.request.trust_remote_code and runtime == "torch",
             )  # fmt: skip
         except SparsifyError as error:
+            if worker is not None:
+                worker.close()  # it may hold the model all the same
             self.missing(name, str(error), failed=True, subject=subject, runtime=runtime)
             return
         for notice in opened["notices"]:
             self.progress.notice(f"{name}: {notice}")
-        yield Held(subject, baseline, worker, opened, worker.memory().resident_bytes)
+        yield Held(subject, baseline, worker, opened, worker.memory().resident_bytes, twin)
 
     def scenario(self, runtime: str, scenario: Scenario, held: Sequence[Held]) -> Iterator[Held]:
         """Measure one scenario; yields those that are still alive."""
         name = f"{scenario.prompt_tokens}+{scenario.new_tokens} tokens x {scenario.batch}"
         self.progress.stage(f"{runtime}: {name}", steps(self.request, held))
         taken = take_rounds(held, scenario, self.request, self.progress.advance)
-        base = next((i for i, each in enumerate(held) if each.baseline is None and taken[i].error is None), None)
+        gpu = host.gpu(self.request.runtime.device)
+        again = [found.rounds for each, found in zip(held, taken, strict=True) if each.twin and found.error is None]
+        made: dict[str, list[list[int]]] = {}
         for each, found in zip(held, taken, strict=True):
             if found.error is not None:
                 what, why = f"{each.subject.label} in {runtime}, {name}", str(found.error)
+                what += ", a second time" if each.twin else ""
                 self.missing(what, why, failed=True, subject=each.subject, runtime=runtime, scenario=scenario)
-                if not isinstance(found.error, MeasurementError):  # its process is still there
-                    yield each
-                continue
-            reference = None if base is None or each.baseline is None else taken[base].rounds[0]["tokens"]
-            self.out.write(
-                "latency",
-                **self.common(runtime, each),
-                baseline=each.baseline,
-                asked_sparse=each.subject.sparse and self.request.runtime.kernel != "dense",
-                scenario=scenario.record(runtime),
-                roof=self.roofs.step(each.subject, runtime, scenario, self.request, sparse=_engaged(each)),
-                **latency_record(found.rounds, scenario.batch, scenario.new_tokens, reference),
-            )
+                if isinstance(found.error, MeasurementError):  # its process is gone
+                    continue
+            elif not each.twin:
+                made[each.subject.label] = found.rounds[0]["tokens"]
+                rounds = found.rounds + (again[0] if again and each.subject.label == _twin(held) else [])
+                self.out.write(
+                    "latency",
+                    **self.common(runtime, each),
+                    baseline=each.baseline,
+                    asked_sparse=each.subject.sparse and self.request.runtime.kernel != "dense",
+                    scenario=scenario.record(runtime),
+                    roof=self.roofs.step(each.subject, each.opened, scenario, self.request),
+                    gpu=gpu,
+                    **latency_record(rounds, scenario.batch, scenario.new_tokens, made.get(each.baseline or "")),
+                )
             yield each
 
     def common(self, runtime: str, each: Held) -> dict[str, Any]:
@@ -136,7 +156,8 @@ class Run:
         found = each.worker.memory()
         if found.processes == 0:
             why = "its process has ended"
-            self.missing(f"memory of {each.subject.label} in {runtime}", why, failed=True, subject=each.subject)
+            what = f"memory of {each.subject.label} in {runtime}"
+            self.missing(what, why, failed=True, subject=each.subject, runtime=runtime)
             return
         self.out.write(
             "memory",
@@ -144,8 +165,9 @@ class Run:
             processes=found.processes,
             loaded_resident_bytes=each.loaded_bytes,
             peak_resident_bytes=found.peak_bytes,
-            device_peak_bytes=found.device_bytes,
+            device_peak_bytes=each.device_bytes,
             weights_resident_bytes=each.opened["weights_resident_bytes"],
+            versions=each.opened["versions"],
         )
 
     def accuracy(self, runtime: str, held: Sequence[Held]) -> None:
@@ -159,15 +181,22 @@ class Run:
             common, name = self.common(runtime, each), f"{each.subject.label} in {runtime}"
             if request.windows is not None:
                 with self.attempt(f"perplexity of {name}", each.subject, runtime):
-                    fields = perplexity_record(each.worker, request.windows, request.stride, self.reference)
+                    fields, why_no_kl = perplexity_record(each.worker, request, self.reference)
                     self.out.write("perplexity", **common, **fields)
                     if fields["kl"] is None:
-                        why = "no dense model to compare with" if self.reference is None else "it gives no logits"
+                        why = why_no_kl
                         what = f"KL divergence of {name}"
                         self.missing(what, why, failed=False, subject=each.subject, runtime=runtime)
             if request.tasks is not None:
+                cut = partial(
+                    self.missing,
+                    f"whole prompts of tasks of {name}",
+                    failed=False,
+                    subject=each.subject,
+                    runtime=runtime,
+                )
                 with self.attempt(f"tasks of {name}", each.subject, runtime):
-                    for fields in task_records(each.worker, each.subject.folder, request):
+                    for fields in task_records(each.worker, each.subject.folder, request, cut):
                         self.out.write("task", **common, **fields)
 
     @contextmanager
@@ -177,7 +206,7 @@ class Run:
             yield
         except OutputError:
             raise
-        except SparsifyError as error:
+        except (SparsifyError, OSError) as error:
             self.missing(what, str(error), failed=True, subject=subject, runtime=runtime)
         self.progress.advance()
 
@@ -188,7 +217,8 @@ class Run:
             if not subject.sparse or subject.kind not in _CHECKPOINTS:
                 continue
             assert subject.body is not None
-            weights = [(row["name"], row["pattern"]) for row in subject.body["linears"]], subject.source
+            linears = [(row["name"], row["pattern"], row["zeros"]) for row in subject.body["linears"]]
+            weights = linears, subject.source, subject.body.get("storage", {}).get("values")
             if weights in seen:
                 continue
             seen.append(weights)
@@ -301,5 +331,5 @@ def _vocab_size(folder: Path) -> int:
     return size
 
 
-def _engaged(each: Held) -> bool:
-    return any(kernel != "dense" for kernel in each.opened["engaged"].values())
+def _twin(held: Sequence[Held]) -> str | None:
+    return next((each.subject.label for each in held if each.twin), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ RUNTIMES_OF = {
     **dict.fromkeys(("model", "checkpoint", "hf", "vllm"), ("torch", "vllm", "vllm-server")),
 }
 _WEIGHTS = ("*.safetensors", "*.onnx", "*.data", "*.engine")
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Subject:
         body: its manifest; None for a model without one.
         sha256: of the names and hashes of its files.
         source: SHA-256 of each shard of the model it was made from, or of its own; empty where it is not known.
-        tokenizer: SHA-256 of its tokenizer files; None where it has none.
+        tokenizer: SHA-256 of each of its tokenizer files.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Subject:
     body: dict[str, Any] | None
     sha256: str
     source: frozenset[str]
-    tokenizer: str | None
+    tokenizer: Mapping[str, str]
 
     @property
     def sparse(self) -> bool:
@@ -76,7 +76,7 @@ class Subject:
             "precision": body.get("onnx", {}).get("precision") or body.get("storage", {}).get("values"),
             "sha256": self.sha256,
             "source_sha256": _digest(sorted(self.source)) if self.source else None,
-            "tokenizer_sha256": self.tokenizer,
+            "tokenizer_sha256": _of(self.tokenizer) if self.tokenizer else None,
             "file_bytes": folder_bytes(self.folder),
             "weight_bytes": weight_bytes(self.folder),
             "linears": len(body.get("linears", ())) if self.sparse else 0,
@@ -136,7 +136,7 @@ def _identify(path: str, label: str) -> Subject:
     return Subject(label, path, folder, "model", None, _of(hashes), source, _tokenizer(hashes))
 
 
-def _of(hashes: dict[str, str]) -> str:
+def _of(hashes: Mapping[str, str]) -> str:
     return _digest([[name, hashes[name]] for name in sorted(hashes)])
 
 
@@ -144,14 +144,14 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _tokenizer(hashes: dict[str, str]) -> str | None:
-    found = {name: hashes[name] for name in _TOKENIZERS if name in hashes}
-    return _of(found) if found else None
+def _tokenizer(hashes: Mapping[str, str]) -> dict[str, str]:
+    return {name: hashes[name] for name in _TOKENIZERS if name in hashes}
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
     """For each path its last parts, as few as tell it from the others."""
-    parts = [Path(path).parts for path in paths]
+    # A name such as smollm2-135m is no path, and ``.`` is a path without a name.
+    parts = [Path(path).resolve().parts if Path(path).is_dir() else Path(path).parts for path in paths]
     if len({Path(path) for path in paths}) != len(paths):
         twice = next(path for path in paths if sum(Path(path) == Path(other) for other in paths) > 1)
         raise UsageError(f"{twice}: named twice; name each artifact and baseline once")
@@ -177,7 +177,9 @@ def check_baseline(candidate: Subject, baseline: Subject) -> None:
             f"--baseline {baseline.path}: is another model: its shards are not those of source.files in "
             f"{candidate.folder / manifest.NAME}; give {candidate.body['source']['name']}"
         )
-    if None not in (candidate.tokenizer, baseline.tokenizer) and candidate.tokenizer != baseline.tokenizer:
+    # One may have files of another library's beside those that both have.
+    both = candidate.tokenizer.keys() & baseline.tokenizer.keys()
+    if any(candidate.tokenizer[name] != baseline.tokenizer[name] for name in both):
         raise UsageError(
             f"--baseline {baseline.path}: its tokenizer is another than that of {candidate.path}, so the same text "
             "would be other tokens; give the model it was pruned from"

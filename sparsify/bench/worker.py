@@ -7,21 +7,21 @@ dies takes nothing with it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparsify.bench.host import environment_versions
 from sparsify.errors import NumericsError, SparsifyError, UsageError
-
-# A short run before anything is measured: NaN in a model makes tokens as fast as sense does.
-_PROBE = 8
 
 
 class Worker:
@@ -42,9 +42,9 @@ class Worker:
         }
 
     def open(
-        self, path: str, runtime: dict[str, Any], vocab_size: int, trust_remote_code: bool
+        self, path: str, runtime: dict[str, Any], vocab_size: int, probe: int, trust_remote_code: bool
     ) -> Iterator[dict[str, Any]]:
-        """Open a session and see that what it computes is finite."""
+        """Open a session and see that what it computes is finite: NaN makes tokens as fast as sense does."""
         from sparsify.bench.scoring import score
         from sparsify.bench.stream_times import prompts
         from sparsify.runtimes import Runtime, open_session
@@ -52,13 +52,15 @@ class Worker:
         session = open_session(Path(path), Runtime(**runtime), trust_remote_code=trust_remote_code)
         self._session = self._stack.enter_context(session)
         self._vocab_size = vocab_size
-        logprobs, _ = score(session, prompts(0, _PROBE, 1, vocab_size))
+        logprobs, _ = score(session, prompts(0, probe, 1, vocab_size))
         if not np.isfinite(logprobs).all():
             raise NumericsError(f"{session.name}: NaN or Inf in what {path} computes; it is not measured")
         yield {
             "session": session.name,
             "engaged": session.engaged(),
+            "device": _device(session.name),
             "notices": list(getattr(session, "notices", ())),
+            "versions": environment_versions(),
             "weights_resident_bytes": _weights(session),
         }
 
@@ -69,19 +71,28 @@ class Worker:
         ids = prompts(seed, prompt_tokens, batch, self._vocab_size)
         yield {**time_stream(self._session, ids, n), "trace_sha256": trace_sha256(ids)}
 
-    def perplexity(self, windows: str, stride: int, reference: str | None) -> Iterator[dict[str, Any]]:
+    def perplexity(
+        self, windows: str, stride: int, reference: str | None, trust_remote_code: bool
+    ) -> Iterator[dict[str, Any]]:
         """Perplexity, and KL divergence from ``reference`` in float32 PyTorch where the runtime gives logits."""
         from sparsify.bench.perplexity import compare, perplexity
         from sparsify.bench.scoring import Scorer
         from sparsify.runtimes.torch_session import TorchSession
 
-        ids = np.load(windows, allow_pickle=False)
-        if reference is None or isinstance(self._session, Scorer):
-            measured, kl = perplexity(self._session, ids, stride=stride), None
+        ids, kl, why = np.load(windows, allow_pickle=False), None, "no dense model to compare with"
+        if isinstance(self._session, Scorer):
+            reference, why = None, "it gives no logits"
+        if reference is not None:
+            try:
+                dense = TorchSession(Path(reference), trust_remote_code=trust_remote_code)
+            except SparsifyError as error:
+                reference, why = None, str(error)
+        if reference is None:
+            measured = perplexity(self._session, ids, stride=stride)
         else:
-            with TorchSession(Path(reference)) as dense:
+            with dense:
                 _, measured, kl = compare(dense, self._session, ids, stride=stride)
-        yield {"perplexity": asdict(measured), "kl": None if kl is None else asdict(kl)}
+        yield {"perplexity": asdict(measured), "kl": None if kl is None else asdict(kl), "why_no_kl": why}
 
     def score(self, ids: list[list[int]], last: int) -> Iterator[dict[str, Any]]:
         """Log-probability of each of the ``last`` tokens, and whether it is the greedy choice."""
@@ -117,9 +128,23 @@ def _weights(session: Any) -> int | None:
     return sum(each.values())
 
 
+def _device(name: str) -> str:
+    """``cpu`` or ``cuda``, from the name of a session."""
+    found = name.lower()
+    return "cuda" if any(word in found for word in ("cuda", "tensorrt", "gpu")) else "cpu"
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody, and a worker that is busy does not look (Linux: PR_SET_PDEATHSIG)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 def main() -> None:
     """Answer requests until standard input ends."""
+    _end_with_parent()
     answers = int(sys.argv[1])
+    os.set_inheritable(answers, False)
 
     def say(**what: Any) -> None:
         data = memoryview(json.dumps(what).encode() + b"\n")

@@ -14,11 +14,13 @@ from contextlib import suppress
 from typing import Any, Self
 
 from sparsify import errors
-from sparsify.bench.process_memory import Memory, memory_of, tree
+from sparsify.bench.process_memory import Memory, memory_of, session_members, tree
 from sparsify.errors import MeasurementError, SparsifyError
 
 # After it was asked to end.
 _GRACE_S = 20.0
+# Between looks at whether a silent process is still there.
+_LOOK_S = 1.0
 _LOG_LINES = 400
 
 
@@ -34,11 +36,15 @@ class WorkerProcess:
 
     def __init__(self, name: str, *, python: str, variables: Mapping[str, str], timeout_s: float) -> None:
         self.name, self._python, self._timeout_s = name, python, timeout_s
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        try:
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        except OSError as error:
+            raise MeasurementError(f"{name}: no room for a log ({error.strerror}); set TMPDIR") from error
         reads, writes = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [python, "-m", "sparsify.bench.worker", str(writes)],
+                # -P: not what lies in the current folder under the name of a module.
+                [python, "-P", "-m", "sparsify.bench.worker", str(writes)],
                 stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, pass_fds=(writes,),
                 env={"HF_HUB_OFFLINE": "1", **os.environ, **variables}, start_new_session=True,
             )  # fmt: skip
@@ -48,7 +54,7 @@ class WorkerProcess:
             raise errors.UsageError(f"{name}: cannot start {python}: {error.strerror}") from error
         finally:
             os.close(writes)
-        self._answers, self._buffer = reads, b""
+        self._answers, self._buffer, self._closed = reads, b"", False
 
     def __enter__(self) -> Self:
         return self
@@ -63,8 +69,10 @@ class WorkerProcess:
             MeasurementError: the process died, or did not answer in time.
             SparsifyError: what the worker met.
         """
-        (found,) = list(self.ask_all(do, **request))
-        return found
+        found = list(self.ask_all(do, **request))
+        if len(found) != 1:
+            raise self._nonsense(f"{len(found)} answers to {do!r}")
+        return found[0]
 
     def ask_all(self, do: str, /, **request: Any) -> Iterator[dict[str, Any]]:
         """The answers to a request, as they come; as ``ask`` else."""
@@ -75,13 +83,24 @@ class WorkerProcess:
         except OSError as error:
             raise self._ended() from error
         while True:
-            answer = json.loads(self._line())
+            line = self._line()
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                answer = None
+            if not isinstance(answer, dict) or not answer.keys() & {"error", "done", "found"}:
+                raise self._nonsense(repr(line[:80]))
             if "error" in answer:
-                kind = getattr(errors, answer["kind"], SparsifyError)
-                raise kind(answer["error"])
+                raise _error(str(answer.get("kind")), str(answer["error"]))
             if "done" in answer:
                 return
+            if not isinstance(answer["found"], dict):
+                raise self._nonsense(repr(line[:80]))
             yield answer["found"]
+
+    def _nonsense(self, what: str) -> MeasurementError:
+        self._kill()
+        return MeasurementError(f"{self.name}: its process said what it should not ({what}); it was ended")
 
     def _line(self) -> bytes:
         deadline = time.monotonic() + self._timeout_s
@@ -89,7 +108,12 @@ class WorkerProcess:
             selector.register(self._answers, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                # What the process has started may hold the pipe open after it has ended: look at both.
+                if left > 0 and not selector.select(min(left, _LOOK_S)):
+                    if self._process.poll() is not None and not selector.select(0):
+                        raise self._ended()
+                    continue
+                if left <= 0:
                     self._kill()
                     raise MeasurementError(
                         f"{self.name}: no answer for {self._timeout_s:g} s; raise --timeout or ask for less at once"
@@ -125,26 +149,43 @@ class WorkerProcess:
         return self._process.pid
 
     def _kill(self) -> None:
-        for pid in reversed(tree(self._process.pid)):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """End the process and what it started, also where that has lost its parent."""
+        while pids := {*session_members(self._process.pid), *self._tree()}:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.05)
         self._process.wait()
+
+    def _tree(self) -> list[int]:
+        # Once it has been waited for, its number may be another's.
+        return tree(self._process.pid) if self._process.returncode is None else []
 
     def close(self) -> None:
         """Ask it to end, then make it; what it started ends too."""
+        if self._closed:
+            return
+        self._closed = True
         if self._process.stdin is not None:
             with suppress(OSError):
                 self._process.stdin.close()
         try:
-            self._process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_GRACE_S)
         finally:
-            if self._process.poll() is None:
-                self._kill()
-        with suppress(OSError):
-            os.close(self._answers)
-        self._log.close()
+            self._kill()
+            with suppress(OSError):
+                os.close(self._answers)
+            self._log.close()
+
+
+def _error(kind: str, message: str) -> SparsifyError:
+    """What a worker met; that it could not write is no matter of the records."""
+    found = getattr(errors, kind, None)
+    if not isinstance(found, type) or not issubclass(found, SparsifyError) or issubclass(found, errors.OutputError):
+        found = MeasurementError
+    return found(message)
 
 
 def _reason(text: str) -> str:

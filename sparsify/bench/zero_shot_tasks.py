@@ -11,20 +11,18 @@ import hashlib
 import io
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsify.bench.perplexity import ratio
+from sparsify.bench.task_files import READY, check_files, first_broken
 from sparsify.errors import DataError, SparsifyError, UsageError
 from sparsify.extras import require
 
 if TYPE_CHECKING:
     from sparsify.bench.lm_eval_model import Generate, Progress, Score
-
-# Definitions whose data files are looked for in the user's folder.
-READY = Path(__file__).parent / "tasks"
 
 
 def ready_tasks() -> list[str]:
@@ -43,22 +41,23 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     Raises:
         MissingExtraError: lm-eval is not installed.
         UsageError: no names, or one that lm-eval does not know.
-        DataError: no such folder, a task file that cannot be read, or data that is missing or cannot be downloaded.
+        DataError: no such folder; a broken task file in it that is named after one of ``names`` or names it, so that
+            lm-eval would pass it over and take another or none; data that is missing or cannot be downloaded.
     """
     require("eval", "accuracy on tasks")
     if not names:
         raise UsageError("no tasks to ask; name some")
     if folder is not None and not folder.is_dir():
         raise DataError(f"{folder}: no such folder of task files")
+    # lm-eval opens task files only once it needs them, when the process may be elsewhere.
+    at = None if folder is None else folder.resolve()
     with _still(), _warnings_off():
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_path=None if folder is None else [READY, folder], include_defaults=folder is None)
+        manager = _manager(names, folder, at)
         for name in names:
             if name not in manager.all_tasks:
                 raise _unknown(name, manager.all_tasks, folder)
         # Relative names of data files are relative to where the process is.
-        with chdir(folder or Path.cwd()):
+        with chdir(at or Path.cwd()):
             found: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
             for name in names:
                 try:
@@ -66,7 +65,26 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
                         found[key].update(value)
                 except Exception as error:  # of lm-eval, datasets, YAML, and of what a task file runs
                     raise DataError(_cannot_load(name, error, folder)) from error
+    if folder is not None:
+        # What groups and tags have brought.
+        check_files(folder, [*found["tasks"], *found["groups"]], manager)
     return found
+
+
+def _manager(names: Sequence[str], folder: Path | None, at: Path | None) -> Any:
+    """lm-eval's list of what there is in ``folder``, whose full path is ``at``."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        check_files(folder, names)
+    try:
+        manager = TaskManager(include_path=None if at is None else [READY, at], include_defaults=at is None)
+    except Exception as error:  # one file can break the list
+        broken = None if folder is None else first_broken(folder)
+        raise broken or DataError(f"{folder or 'lm-eval'}: its tasks cannot be listed ({_reason(error)})") from error
+    if folder is not None:
+        check_files(folder, names, manager)
+    return manager
 
 
 def run_tasks(
@@ -79,14 +97,21 @@ def run_tasks(
     limit: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    cut: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Ask a session; arguments as of ``sparsify.bench.lm_eval_model.SessionLM`` and ``ask``."""
+    """Ask a session; arguments as of ``sparsify.bench.lm_eval_model.SessionLM`` and ``ask``.
+
+    ``cut`` is called with (requests that were longer than ``max_length``, requests) if there were any.
+    """
     with _warnings_off():
         from sparsify.bench.lm_eval_model import SessionLM
 
     tick = None if progress is None else _outside(progress)
     model = SessionLM(score, tokenizer, max_length=max_length, generate=generate, progress=tick)
-    return ask(model, tasks, limit=limit, seed=seed)
+    rows = ask(model, tasks, limit=limit, seed=seed)
+    if cut is not None and model.cut:
+        cut(model.cut, model.asked)
+    return rows
 
 
 def ask(model: Any, tasks: Any, *, limit: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -180,31 +205,11 @@ def _hash(samples: Sequence[dict[str, Any]]) -> str:
 
 
 def _unknown(name: str, known: Sequence[str], folder: Path | None) -> SparsifyError:
-    broken = None if folder is None else _broken(folder)
-    if broken is not None:
-        return broken
     where = f"{folder}: has no task" if folder is not None else "lm-eval has no task"
     near = difflib.get_close_matches(name, known, n=3)
     listed = near or (known if folder is not None else ["its list: lm-eval ls tasks"])
-    return UsageError(f"{where} {name!r}; choose {', '.join(listed)}")
-
-
-def _broken(folder: Path) -> DataError | None:
-    """The first task file that is no YAML: lm-eval passes it over."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """With lm-eval's tag, unresolved."""
-
-    Loader.add_constructor("!function", lambda loader, node: None)
-    for path in sorted(folder.rglob("*.yaml")):
-        try:
-            body = yaml.load(path.read_bytes(), Loader=Loader)
-        except (OSError, yaml.YAMLError) as error:
-            return DataError(f"{path}: not readable as YAML ({' '.join(str(error).split())}); mend or remove it")
-        if not isinstance(body, dict):
-            return DataError(f"{path}: holds no task; mend or remove it")
-    return None
+    broken = None if folder is None else first_broken(folder)
+    return UsageError(f"{where} {name!r}; choose {', '.join(listed)}" + (f"; or else {broken}" if broken else ""))
 
 
 def _cannot_load(name: str, error: Exception, folder: Path | None) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from sparsify.bench.perplexity import paired_increase
 from sparsify.bench.records import Record, Records
 from sparsify.report import wording
-from sparsify.report.pairs import counterpart
+from sparsify.report.pairs import Difference, counterpart, difference
 
 
 def perplexities(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
     """One row for each perplexity record; ``increase`` is paired over windows, ``noise_floor`` the baseline's KL."""
     found = []
     for record in records.of("perplexity"):
-        dense = _dense(records, record)
-        increase, why = _increase(record, dense, records)
+        dense = counterpart(records, record)
+        dense = None if dense is record else dense
+        increase, why = _row(difference(records, record), record, records, "relative")
         floor = dense and dense["kl"] and {**dense["kl"], "from": [records.source(dense)]}
         found.append(
             {
@@ -35,14 +34,13 @@ def tasks(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
     """One row for each task record, with its difference to the baseline's where both scored the same samples."""
     found = []
     for record in records.of("task"):
-        dense = _dense(records, record, "task", "metric")
-        difference, why = _difference(record, dense, records)
+        compared, why = _row(difference(records, record), record, records, "value")
         keys = ("task", "metric", "value", "standard_error", "n", "harness", "higher_is_better")
         found.append(
             {
                 **_head(records, record, numbers),
                 **{key: record[key] for key in keys},
-                "difference": difference,
+                "difference": compared,
                 "why_no_difference": why,
                 "from": [records.source(record)],
             }
@@ -60,38 +58,13 @@ def _head(records: Records, record: Record, numbers: dict[str, int]) -> dict[str
     }
 
 
-def _dense(records: Records, record: Record, *same: str) -> Record | None:
-    """The baseline's record; None for a baseline's own, too."""
-    found = counterpart(records, record, *same)
-    return None if found is record else found
-
-
-def _increase(record: Record, dense: Record | None, records: Records) -> tuple[dict[str, Any] | None, str | None]:
-    if dense is None:
-        return None, "no such record of its baseline in this runtime"
-    if record["text"]["sha256"] != dense["text"]["sha256"] or record["window_tokens"] != dense["window_tokens"]:
-        return None, "another text or other windows than its baseline's"
-    if not len(record["window_nll"]) == len(dense["window_nll"]) == len(record["window_tokens"]):
-        return None, "its windows do not match its baseline's"
-    increase, error = paired_increase(dense["window_nll"], record["window_nll"], record["window_tokens"])
-    if not math.isfinite(increase):
-        return None, "larger than a number can be"
+def _row(
+    found: Difference | str, record: Record, records: Records, key: str
+) -> tuple[dict[str, Any] | None, str | None]:
+    """A comparison as the report has it, its value under ``key``; or why there is none."""
+    if isinstance(found, str):
+        return None, found
     return {
-        "relative": increase, "standard_error": error, "baseline": dense["artifact"],
-        "from": [records.source(record), records.source(dense)],
-    }, None  # fmt: skip
-
-
-def _difference(record: Record, dense: Record | None, records: Records) -> tuple[dict[str, Any] | None, str | None]:
-    if dense is None:
-        return None, "no such record of its baseline in this runtime"
-    if any(record[key] != dense[key] for key in ("samples_sha256", "n", "harness")):
-        return None, "other samples or another harness than its baseline's"
-    errors = [record["standard_error"], dense["standard_error"]]
-    return {
-        "value": record["value"] - dense["value"],
-        # As if the samples were not the same: too large rather than too small.
-        "standard_error": None if None in errors else math.hypot(*errors),
-        "baseline": dense["artifact"],
-        "from": [records.source(record), records.source(dense)],
+        key: found.value, "standard_error": found.standard_error, "paired": found.paired,
+        "baseline": found.dense["artifact"], "from": [records.source(record), records.source(found.dense)],
     }, None  # fmt: skip

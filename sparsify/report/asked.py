@@ -11,6 +11,9 @@ from sparsify.bench.records import Record, Records
 from sparsify.errors import UsageError
 from sparsify.report.rules import Rule
 
+# With fewer the standard error itself is hardly known.
+FEWEST_SAMPLES = 5
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -138,7 +141,7 @@ class Asked:
         """
         judged = worse if self.selection.confident else measured
         if judged is None:
-            why = why or "one sample has no interval for --confident"
+            why = why or f"no interval for --confident: fewer than {FEWEST_SAMPLES} samples, or no standard error"
             met = False
         else:
             met = judged >= rule.limit if at_least else judged <= rule.limit

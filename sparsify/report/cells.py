@@ -37,13 +37,14 @@ Cell = Sequence[Line]
 
 @dataclass(frozen=True)
 class Table:
-    """A table: the first column of each row is its head."""
+    """A table; the column ``row_head`` says what a row is about."""
 
     key: str
     title: str
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    row_head: int = 0
 
 
 class Sources:
@@ -88,7 +89,7 @@ def table(
     made = tuple(
         (*([text(f"run {row['run']}")] if several else []), *cells(row), sources.cell(row["from"])) for row in rows
     )
-    return Table(*about, (*(["Run"] if several else []), *head, "From line"), made)
+    return Table(*about, (*(["Run"] if several else []), *head, "From line"), made, int(several))
 
 
 def part(row: Row, key: str) -> str:

@@ -57,7 +57,9 @@ def _tasks(summary: dict[str, Any]) -> Table:
         found = row["difference"]
         difference = text("baseline", "quiet")
         if found:
-            difference = text(f"{found['value']:+.3f}{plus(found['standard_error'], '.3f')}")
+            unpaired = found["standard_error"] is not None and not found["paired"]
+            difference = [Line(f"{found['value']:+.3f}{plus(found['standard_error'], '.3f')}")]
+            difference += [Line("unpaired", "quiet")] if unpaired else []
         elif row["role"] == "candidate":
             difference = text(f"not compared: {row['why_no_difference']}", "quiet")
         value = text(f"{row['value']:.3f}{plus(row['standard_error'], '.3f')}")
@@ -65,7 +67,8 @@ def _tasks(summary: dict[str, Any]) -> Table:
         return [*who(row), text(f"{row['task']}, {row['metric']}"), value, difference, n]
 
     caption = (
-        "± is the standard error; that of a difference is as if both had scored other samples, so rather too large."
+        "± is the standard error; that of a difference is paired, question by question, with dense in the same "
+        "runtime. Unpaired: as if both had scored other samples, so rather too large."
     )
     head = ("Artifact", "Runtime", "Task", "Value", "Difference to dense", "Samples")
     return table(summary, ("tasks", "Zero-shot tasks", caption), head, summary["accuracy"]["tasks"], cells)

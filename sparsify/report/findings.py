@@ -5,28 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from math import hypot, isfinite
-from statistics import NormalDist
+from math import isfinite
 from typing import Any
 
-from sparsify.bench.perplexity import paired_increase, ratio
+from scipy.special import stdtrit
+
+from sparsify.bench.engaged import runs_sparse
+from sparsify.bench.perplexity import ratio
 from sparsify.bench.records import Record
 from sparsify.bench.spread import CONFIDENCE
-from sparsify.report.asked import Asked, Finding
+from sparsify.report.asked import FEWEST_SAMPLES, Asked, Finding
 from sparsify.report.pairs import (
     Pair,
     baseline_of,
     comparison,
     counterpart,
+    difference,
     pairs,
-    runs_sparse,
+    ran_sparse,
     scenario_name,
-    sparse_share,
     why_not,
 )
 from sparsify.report.rules import Kind, Rule
-
-_ERRORS = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 
 def _speedups(asked: Asked, rule: Rule) -> Iterator[Finding]:
@@ -63,20 +63,16 @@ def _speedup(asked: Asked, rule: Rule, pair: Pair, name: str) -> Finding:
 
 def _perplexities(asked: Asked, rule: Rule) -> Iterator[Finding]:
     for record in filter(asked.selects, asked.records.of("perplexity")):
-        dense = counterpart(asked.records, record, "text", "window_tokens")
-        if dense is None:
-            yield asked.unmet(rule, record, "no baseline was measured on the same windows in this runtime")
+        found = difference(asked.records, record)
+        if isinstance(found, str):
+            yield asked.unmet(rule, record, found)
             continue
-        if rule.relative:
-            value, error = paired_increase(dense["window_nll"], record["window_nll"], record["window_tokens"])
-            shown = f"{value:+.2%}" + ("" if error is None else f" ± {error:.2%}")
-        else:
-            value, error = _points(dense, record)
+        value, error = found.value, found.standard_error
+        shown = f"{value:+.2%}" + ("" if error is None else f" ± {error:.2%}")
+        if not rule.relative:
+            value, error = _points(found.dense, record)
             shown = f"{value:+.3f}" + _plus_minus(error)
-        if not isfinite(value):
-            yield asked.unmet(rule, record, "an increase that is larger than a number can be")
-            continue
-        yield asked.finding(rule, record, value, _worse(value, error, 1), shown, at_least=False)
+        yield asked.finding(rule, record, value, _worse(value, error, 1, found.n), shown, at_least=False)
 
 
 def _points(dense: Record, record: Record) -> tuple[float, float | None]:
@@ -96,42 +92,44 @@ def _points(dense: Record, record: Record) -> tuple[float, float | None]:
 def _divergences(asked: Asked, rule: Rule) -> Iterator[Finding]:
     for record in filter(asked.selects, asked.records.of("perplexity")):
         found = record["kl"]
-        if found is not None:
-            value, error = found["mean_nats"], found["standard_error_nats"]
-            shown = f"{value:.4f} nats" + _plus_minus(error)
-            yield asked.finding(rule, record, value, _worse(value, error, 1), shown, at_least=False)
+        if found is None:
+            yield asked.unmet(rule, record, "it has no KL divergence (--runtime chooses those that give one)")
+            continue
+        value, error, n = found["mean_nats"], found["standard_error_nats"], len(record["window_nll"])
+        shown = f"{value:.4f} nats" + _plus_minus(error)
+        yield asked.finding(rule, record, value, _worse(value, error, 1, n), shown, at_least=False)
 
 
 def _tasks(asked: Asked, rule: Rule) -> Iterator[Finding]:
     for record in filter(asked.selects, asked.records.of("task")):
         if (record["task"], record["metric"]) != (rule.task, rule.metric):
             continue
-        value, error = record["value"], record["standard_error"]
         more_is_better = record["higher_is_better"] is not False
         if not rule.relative:
-            worse = _worse(value, error, -1 if more_is_better else 1)
+            value, error = record["value"], record["standard_error"]
+            worse = _worse(value, error, -1 if more_is_better else 1, record["n"])
             shown = f"{value:.4f}" + _plus_minus(error)
             yield asked.finding(rule, record, value, worse, shown, at_least=more_is_better)
             continue
-        dense = counterpart(asked.records, record, "task", "metric", "n", "samples_sha256", "harness")
-        if dense is None:
-            yield asked.unmet(rule, record, "the baseline was not scored on the same samples in this runtime")
+        found = difference(asked.records, record)
+        if isinstance(found, str):
+            yield asked.unmet(rule, record, found)
             continue
-        # A difference that is positive where the candidate is better.
-        value = (value - dense["value"]) * (1 if more_is_better else -1)
-        # As of independent samples, though they are the same ones: too wide rather than too narrow.
-        both = (error, dense["standard_error"])
-        error = None if None in both else hypot(*both)
-        shown = f"{value:+.4f}" + _plus_minus(error)
-        yield asked.finding(rule, record, value, _worse(value, error, -1), shown, at_least=True)
+        # Positive where the candidate is better.
+        value, error = found.value if more_is_better else -found.value, found.standard_error
+        shown = f"{value:+.4f}" + _plus_minus(error) + ("" if found.paired or error is None else " (unpaired)")
+        yield asked.finding(rule, record, value, _worse(value, error, -1, found.n), shown, at_least=True)
 
 
 def _plus_minus(error: float | None) -> str:
     return "" if error is None or not isfinite(error) else f" ± {error:.4f}"
 
 
-def _worse(value: float, error: float | None, sign: int) -> float | None:
-    return None if error is None or not isfinite(error) else value + sign * _ERRORS * error
+def _worse(value: float, error: float | None, sign: int, n: int) -> float | None:
+    """The worse end of the interval of Student's t over ``n`` samples; None where that cannot be told."""
+    if error is None or not isfinite(error) or n < FEWEST_SAMPLES:
+        return None
+    return value + sign * float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
 
 
 def _memories(asked: Asked, rule: Rule) -> Iterator[Finding]:
@@ -165,11 +163,13 @@ def _sparse_linears(asked: Asked, rule: Rule) -> Iterator[Finding]:
     rest = (each for each in filter(asked.selects, others) if _where(each) not in done)
     for record in _distinct([*timed, *rest]):
         pruned = asked.described[record["run"], record["artifact"]]["linears"]
-        value = sparse_share(record["engaged"], pruned)
-        if value is None:
-            why = "which kernels ran is not recorded" if pruned else "nothing in it was pruned"
-            yield asked.unmet(rule, record, why)
+        n_sparse, n_known = ran_sparse(record["engaged"], pruned)
+        if not pruned:
+            yield asked.unmet(rule, record, "nothing in it was pruned")
+        elif n_known < pruned:
+            yield asked.unmet(rule, record, f"unknown: of {n_known} of its {pruned} pruned linears is known what ran")
         else:
+            value = n_sparse / pruned
             yield asked.finding(rule, record, value, value, f"{value * 100:.4g}%", at_least=True)
 
 

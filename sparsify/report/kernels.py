@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
+from sparsify.bench.engaged import runs_sparse
 from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import median_interval
-from sparsify.report.pairs import runs_sparse
 
 _KEYS = (
     "artifact", "device", "linear", "linears", "shape", "pattern", "density", "dtype", "tokens", "threads",

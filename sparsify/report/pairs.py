@@ -2,16 +2,19 @@
 
 ``pairs`` and ``why_not`` part the latency records of candidates into those that have a baseline and those that have
 none; ``comparison`` and ``samples`` compare a pair in one measure. ``baseline_of`` and ``counterpart`` find the record
-of the dense model beside one of memory, perplexity or a task.
+of the dense model beside one of memory, perplexity or a task, and ``difference`` compares two of accuracy.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from sparsify.bench.engaged import runs_sparse
+from sparsify.bench.perplexity import paired_increase, ratio
 from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import Comparison, compare
 
@@ -166,21 +169,31 @@ def scenario_name(scenario: dict[str, Any]) -> str:
     return f"{scenario['prompt_tokens']}+{scenario['new_tokens']}{by}{scenario['batch']}"
 
 
-def runs_sparse(kernel: str) -> bool:
-    """Whether what ``engaged`` names is a kernel that makes use of the zeros, on every rank.
+# Linears that a runtime holds as one -> how many of the checkpoint's they are.
+_FUSED = {"qkv_proj": 3, "gate_up_proj": 2, "fused_qkv_a_proj": 2}
+# Never pruned, so that they say nothing about what was.
+_ENDS = ("lm_head", "embed_out", "embed_tokens", "wte")
 
-    ``dense`` and ``unknown`` do not, nor does any operator of ONNX Runtime (``DOMAIN::NAME``).
+
+def ran_sparse(engaged: dict[str, str], pruned: int) -> tuple[int, int]:
+    """How many of ``pruned`` linears ran sparse, and of how many it is known what ran: neither is above ``pruned``.
+
+    Args:
+        engaged: linear -> kernel. Names of fused linears count as those that they are made of, unless there are as many
+            names as linears were pruned; the head and embeddings do not count.
+        pruned: linears of the artifact that were pruned.
     """
-    return all(not part.startswith(("dense", "unknown")) and "::" not in part for part in kernel.split("+"))
+    named = [(name.rsplit(".", 1)[-1], kernel) for name, kernel in engaged.items()]
+    inner = [(name, kernel) for name, kernel in named if name not in _ENDS]
+    fused = _FUSED if len(inner) < pruned else {}
+    sparse = sum(fused.get(name, 1) for name, kernel in inner if runs_sparse(kernel))
+    known = sum(fused.get(name, 1) for name, kernel in inner if "unknown" not in _parts(kernel))
+    return min(sparse, pruned), min(known, pruned)
 
 
-def sparse_share(engaged: dict[str, str], pruned: int) -> float | None:
-    """Share of ``pruned`` linears that ran sparse; None where it is not known what ran, or nothing was pruned.
-
-    A runtime that fuses linears, or knows only some by name, has fewer: then it is the share of those.
-    """
-    among = min(pruned, len(engaged))
-    return min(1.0, sum(runs_sparse(kernel) for kernel in engaged.values()) / among) if among else None
+def _parts(kernel: str) -> list[str]:
+    """What ranks ran, without the reasons that stand behind."""
+    return [part.split(" ", 1)[0] for part in kernel.split("+")]
 
 
 def baseline_of(records: Records, record: Record) -> str | None:
@@ -221,3 +234,53 @@ def counterpart(records: Records, record: Record, *same: str) -> Record | None:
         and all(each[key] == record[key] for key in same)
     ]
     return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Perplexity or a task of a candidate against its baseline's, on the same windows or questions.
+
+    Attributes:
+        dense: the baseline's record.
+        value: relative increase of the perplexity, or difference of the task's values.
+        standard_error: of ``value``; None where one sample, or a metric without one, gives none.
+        paired: whether that is of differences, sample by sample. Where records lack what the pairing needs, it is the
+            error as of independent samples: rather too large.
+        n: samples: windows or questions.
+    """
+
+    dense: Record
+    value: float
+    standard_error: float | None
+    paired: bool
+    n: int
+
+
+def difference(records: Records, record: Record) -> Difference | str:
+    """``record``, of perplexity or a task, against its baseline's in the same runtime; or why they do not compare."""
+    keys = ("task", "metric") if record["record"] == "task" else ()
+    dense = counterpart(records, record, *keys)
+    if dense is None or dense is record:
+        return "no such record of its baseline in this runtime"
+    if record["record"] == "task":
+        if any(record[key] != dense[key] for key in ("samples_sha256", "n", "harness")):
+            return "other samples or another harness than its baseline's"
+        return Difference(dense, *_task_difference(record, dense), record["n"])
+    if record["text"]["sha256"] != dense["text"]["sha256"] or record["window_tokens"] != dense["window_tokens"]:
+        return "not the same windows of the same text as its baseline's"
+    if not len(record["window_nll"]) == len(dense["window_nll"]) == len(record["window_tokens"]):
+        return "its windows do not match its baseline's"
+    value, error = paired_increase(dense["window_nll"], record["window_nll"], record["window_tokens"])
+    if not math.isfinite(value):
+        return "an increase that is larger than a number can be"
+    return Difference(dense, value, error, True, len(record["window_nll"]))
+
+
+def _task_difference(record: Record, dense: Record) -> tuple[float, float | None, bool]:
+    mine, base, known = record["samples"], dense["samples"], record["samples_sha256"]
+    value = record["value"] - dense["value"]
+    if mine and base and len(mine) == len(base) and known is not None and known == dense["samples_sha256"]:
+        each = [after - before for after, before in zip(mine, base, strict=True)]
+        return value, ratio(each, [1.0] * len(each))[1], True
+    errors = (record["standard_error"], dense["standard_error"])
+    return value, None if None in errors else math.hypot(*errors), False

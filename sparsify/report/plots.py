@@ -100,7 +100,10 @@ def _pareto(key: str, where: str, rows: list[Row], summary: dict[str, Any], look
 
     def fill(axes: Any) -> None:
         xs, ys = [point.time["median"] * 1e3 for point in frontier], [point.cost for point in frontier]
-        (line,) = axes.step(xs, ys, where="post", color="#666666", linestyle="--", linewidth=1)
+        # One point makes no line.
+        lines = (
+            axes.step(xs, ys, where="post", color="#666666", linestyle="--", linewidth=1) if len(frontier) > 1 else []
+        )
         handles = []
         for point in points:
             style, middle, low, high = look[point.name], *(point.time[key] for key in ("median", "low", "high"))
@@ -116,7 +119,7 @@ def _pareto(key: str, where: str, rows: list[Row], summary: dict[str, Any], look
         axes.set_ylabel("increase of perplexity, %")
         axes.margins(0.12)
         axes.set_xlim(left=0)
-        legend(axes, [*handles, line], [*(point.name for point in points), "frontier"])
+        legend(axes, [*handles, *lines], [*(point.name for point in points), *("frontier" for _ in lines)])
 
     table = tuple(
         (

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import Comparison, median_interval
+from sparsify.bench.spread import spread as spread_of
 from sparsify.report import wording
 from sparsify.report.pairs import MEASURES, Measure, Pair, comparison, pairs, samples, why_not
 
@@ -50,7 +51,7 @@ def rows(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
 
 def _measure(record: Record, measure: Measure, pair: Pair | None, why: str | None, records: Records) -> dict[str, Any]:
     """Statistics with the roof beside them, and the comparison or why there is none."""
-    spread = record["statistics"][STATISTICS[measure]]
+    spread = _statistics(record)[STATISTICS[measure]]
     compared = comparison(pair, measure) if pair else None
     if pair and compared is None:
         why = "nothing to time: one new token, or a time below the clock's resolution"
@@ -62,9 +63,33 @@ def _measure(record: Record, measure: Measure, pair: Pair | None, why: str | Non
         "by_round": _by_round(record, measure),
         "roof": _roof(record, measure, spread),
         "comparison": compared.to_dict() if compared else None,
+        "roof_ratio": _roof_ratio(pair, measure) if pair else None,
         "why_no_claim": why,
         "from": [records.source(record), *([records.source(pair.baseline)] if pair else [])],
     }
+
+
+def _statistics(record: Record) -> dict[str, Any]:
+    """As recorded; of a baseline over its own rounds, without those where it is measured against itself."""
+    rounds = [each for each in record["rounds"] if not each["again"]]
+    if len(rounds) == len(record["rounds"]) or not rounds:
+        return dict(record["statistics"])
+    tokens = record["scenario"]["batch"] * record["scenario"]["new_tokens"]
+    # Rows that come together are one sample, as in the records.
+    gaps = [gap for each in rounds for row in dict.fromkeys(map(tuple, each["gaps_s"])) for gap in row]
+    return {
+        "ttft_s": spread_of([value for each in rounds for value in dict.fromkeys(each["ttft_s"])]),
+        "tpot_s": spread_of(gaps) if gaps else None,
+        "total_s": spread_of([each["total_s"] for each in rounds]),
+        "tokens_per_s": spread_of([tokens / each["total_s"] for each in rounds]),
+    }
+
+
+def _roof_ratio(pair: Pair, measure: Measure) -> float | None:
+    """The ratio if both reached their roofs; None where either is unknown."""
+    base, mine = (record["roof"] or {} for record in (pair.baseline, pair.candidate))
+    key = STATISTICS[measure]
+    return base[key] / mine[key] if base.get(key) and mine.get(key) else None
 
 
 def _by_round(record: Record, measure: Measure) -> dict[str, Any] | None:

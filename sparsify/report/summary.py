@@ -11,9 +11,11 @@ from sparsify.bench.records import Records
 from sparsify.bench.spread import CONFIDENCE
 from sparsify.report import accuracy, gaps, kernels, sizes, speed
 from sparsify.report.verdict import sentences, verdict
-from sparsify.report.wording import clean, scenario
+from sparsify.report.wording import clean, scenario, share
 
 FORMAT = 1
+# What is reached of a roof; more than that is no error of rounding.
+_POSSIBLE = 1.05
 
 
 def summarise(records: Records) -> dict[str, Any]:
@@ -75,17 +77,50 @@ def _warnings(found: dict[str, Any]) -> list[dict[str, Any]]:
         for run in found["runs"]
         if not run["finished"]
     ]
+    several = len(found["runs"]) > 1
     rows: dict[tuple[int, str, str, str], list[dict[str, Any]]] = {}
     for row in (*found["latency"], *found["memory"], *found["accuracy"]["perplexity"], *found["accuracy"]["tasks"]):
         if row["status"]["state"] in ("DENSE", "unknown", "unasked"):
             rows.setdefault((row["run"], row["artifact"], row["runtime"], row["status"]["text"]), []).append(row)
     warnings += [
-        {"text": f"{artifact} in {runtime}: {text}.", "from": [source for row in each for source in row["from"]]}
-        for (_, artifact, runtime, text), each in rows.items()
+        {
+            "text": f"{artifact} in {runtime}{_of_run(run, several)}: {text}.",
+            "from": [source for row in each for source in row["from"]],
+        }
+        for (run, artifact, runtime, text), each in rows.items()
     ]
+    for run in found["runs"]:
+        warnings += _other_work(found, run, _of_run(run["number"], several))
     warnings += [
-        {"text": f"Failed: {_about(entry)}: {entry['why']}", "from": entry["from"]} for entry in found["failed"]
+        {"text": f"Failed{_of_run(entry['run'], several)}: {_about(entry)}: {entry['why']}", "from": entry["from"]}
+        for entry in found["failed"]
     ]
+    return warnings
+
+
+def _of_run(number: int, several: bool) -> str:
+    return f" (run {number})" if several else ""
+
+
+def _other_work(found: dict[str, Any], run: dict[str, Any], which: str) -> list[dict[str, Any]]:
+    """Signs that the machine was not the run's own."""
+    warnings = []
+    host = run["environment"]["host"]
+    if host["load_1m"] is not None and host["load_1m"] > host["cores"] / 2:
+        text = f"Other work ran when it began{which}: load {host['load_1m']:.1f} on {host['cores']} cores."
+        warnings.append({"text": f"{text} Its ceilings may be too low, and its times too long.", "from": run["from"]})
+    reached = [
+        (values["roof"]["fraction"], f"{row['artifact']} in {row['runtime']}", values["roof"]["ceilings"], row["from"])
+        for row in found["latency"]
+        for values in row["measures"].values()
+        if row["run"] == run["number"] and values["roof"]
+    ]
+    best = max(reached, default=None, key=lambda each: each[0])
+    if best and best[0] > _POSSIBLE:
+        why = "was measured too low: other work ran" if best[2] == "measured" else "that is published is too low"
+        warnings.append(
+            {"text": f"The ceiling{which} {why} ({best[1]} reached {share(best[0])} of it).", "from": best[3]}
+        )
     return warnings
 
 

@@ -14,9 +14,12 @@ from sparsify.report.verdict import headline, is_headline
 _CLAIMS: dict[str, tuple[str, Mark]] = {
     "faster": ("▲ faster", "good"), "slower": ("▼ slower", "bad"), "no difference shown": ("= no difference shown", "")
 }  # fmt: skip
+# The other states are words already.
+_BRIEF = {"unknown": "UNKNOWN", "unasked": "SPARSE"}
 _NAMES: dict[Measure, str] = {
     "ttft": "First token", "tpot": "Per token", "total": "End to end", "throughput": "Tokens/s"
 }  # fmt: skip
+_PAIRED = "They are paired by round, not quotients of the medians."
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
@@ -25,8 +28,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     return [each for each in made if each.rows]
 
 
-def overview(summary: dict[str, Any]) -> Table:
-    """One row for each artifact and runtime, judged by the runtime's first scenario."""
+def _overview_rows(summary: dict[str, Any]) -> list[Row]:
+    """What there is of each artifact and runtime."""
     perplexity, latency = summary["accuracy"]["perplexity"], summary["latency"]
     keys = dict.fromkeys(
         (row["run"], row["artifact"], row["runtime"]) for row in (*latency, *perplexity, *summary["memory"])
@@ -49,13 +52,51 @@ def overview(summary: dict[str, Any]) -> Table:
                 "from": [source for row in (*found, made) for source in row["from"]],
             }
         )  # fmt: skip
+    return rows
+
+
+def overview(summary: dict[str, Any]) -> Table:
+    """One row for each artifact and runtime, judged by the runtime's first scenario."""
+    rows = _overview_rows(summary)
     judged = list(dict.fromkeys(row["judged"][0] for row in rows if row["judged"]))
-    caption = "Ratios above 1x are better than dense, with their 95 % interval."
+    caption = "Ratios above 1x are better than dense, with their 95 % interval. " + _PAIRED
     if len(judged) == 1:
         caption += f" Times at {judged[0]}."
     head = ("Artifact", "Runtime", "What ran", "Time to a token", "End to end", "Perplexity", "Weights", "Peak memory")
     about = ("overview", "Speed, accuracy and memory", caption)
     return table(summary, about, head, rows, lambda row: _overview(row, scenario=len(judged) > 1))
+
+
+def brief(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows of the overview in few words, for a terminal: one line for each candidate and runtime."""
+    candidates = {(row["run"], row["artifact"]) for row in summary["artifacts"] if row["role"] == "candidate"}
+    several = len(summary["runs"]) > 1
+    rows = []
+    for row in _overview_rows(summary):
+        if (row["run"], row["artifact"]) not in candidates:
+            continue
+        speed = _brief_speed(row["timed"]["measures"][row["judged"][1]]) if row["timed"] else ""
+        increase = (row["perplexity"] or {}).get("increase")
+        held = (row["memory"] or {}).get("to_baseline") or {}
+        ratio = held.get("device_peak_bytes", held.get("peak_resident_bytes"))
+        rows.append(
+            (
+                *([str(row["run"])] if several else []), row["artifact"], row["runtime"],
+                _BRIEF.get(row["status"]["state"], row["status"]["state"]), speed,
+                wording.relative(increase["relative"]) if increase else "", "" if ratio is None else f"{ratio:.2f}x",
+            )
+        )  # fmt: skip
+    return (*(["run"] if several else []), "artifact", "runtime", "ran", "speed", "perplexity", "memory"), rows
+
+
+def _brief_speed(values: dict[str, Any]) -> str:
+    compared = values["comparison"]
+    if compared is None:
+        return "not compared"
+    ratio = wording.times(compared["ratio"])
+    if values["why_no_claim"]:
+        return f"? {ratio}"
+    return f"{_CLAIMS[compared['claim']][0][0]} {ratio} ({compared['low']:.2f}-{compared['high']:.2f})"
 
 
 def _overview(row: Row, *, scenario: bool) -> list[Cell]:
@@ -96,7 +137,7 @@ def _speed(summary: dict[str, Any]) -> Table:
     caption = (
         "Median, then percentiles where there are samples enough, least and largest, and n samples; then the median "
         "of the ratios to dense in n rounds with its 95 % interval, the noise (dense against itself), and what part of "
-        "the roof was reached."
+        f"the roof was reached. {_PAIRED}"
     )
     head = ("Artifact", "Runtime", "Scenario", "What ran", *(_NAMES[measure] for measure in MEASURES))
     return table(summary, ("speed", "Latency and throughput", caption), head, summary["latency"], cells)
@@ -113,6 +154,7 @@ def _timed(values: dict[str, Any]) -> Cell:
     lines += [Line(", ".join(percentiles), "quiet")] if percentiles else []
     lines += [Line(f"{show(found['min'])} to {show(found['max'])}", "quiet"), Line(f"n = {found['n']}", "quiet")]
     lines += [*_claim(values), *_noise(values)]
+    lines += [Line(wording.WEAK_DENSE, "quiet")] if wording.exceeds_roofs(values) else []
     roof = values["roof"]
     if roof:
         lines.append(Line(f"{wording.share(roof['fraction'])} of {roof['limit']} roof", "quiet"))

@@ -43,6 +43,8 @@ def sentences(summary: dict[str, Any]) -> list[dict[str, Any]]:
         if not any(part["accuracy"] for part in parts):
             text += f"; {_accuracy_anywhere(summary, made)}"
         gains = [part for part in parts if part["gains"]]
+        if len(parts) > 1 and gains:
+            text += f"; faster with sparse kernels {_of_runtimes(len(gains), len(parts))}"
         unfinished = not summary["runs"][made["run"] - 1]["finished"]
         found.append(
             {
@@ -50,6 +52,8 @@ def sentences(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "artifact": made["artifact"],
                 "sentence": f"{made['artifact']} {text}{' (the run did not finish)' if unfinished else ''}.",
                 "best": max(gains, key=lambda part: float(part["ratio"]), default=None),
+                "faster_in": [part["runtime"] for part in gains],
+                "runtimes": [part["runtime"] for part in parts],
                 "dense_in": [part["runtime"] for part in parts if part["state"] == "DENSE"],
                 "from": sorted({source for part in parts for source in part["from"]}),
             }
@@ -73,7 +77,8 @@ def verdict(summary: dict[str, Any]) -> str:
         if len(best) == len(each):
             count = "both are" if len(each) == 2 else "all are"
         text = f"Of {len(each)} candidates{runs}, {count} faster than dense with sparse kernels, "
-        text += f"{most['artifact']} most: it "
+        where = _of_runtimes(len(most["faster_in"]), len(most["runtimes"]))
+        text += f"{most['artifact']} most{f', {where}' if len(most['runtimes']) > 1 else ''}: it "
         text += str(most["best"]["full"])
     dense: dict[str, list[str]] = {}
     for entry in each:
@@ -85,6 +90,12 @@ def verdict(summary: dict[str, Any]) -> str:
     if unfinished:
         text += f" (run {', '.join(unfinished)} did not finish)"
     return text + "."
+
+
+def _of_runtimes(count: int, runtimes: int) -> str:
+    if count == runtimes:
+        return "in both runtimes" if count == 2 else f"in all {count} runtimes"
+    return f"in {count} of {runtimes} runtimes"
 
 
 def _listed(names: list[str]) -> str:
@@ -151,6 +162,7 @@ def _clause(mine: list[Row], row: Row, measure: Measure, *, first: bool) -> str:
     scenarios = f"; {claim} in {count} of {len(mine)} scenarios" if len(mine) > 1 else ""
     about = f"({interval}, {wording.scenario(row['scenario'])}{scenarios})"
     fast = f"{does} {ratio} as fast as dense"
+    about += f", {wording.WEAK_DENSE}," if wording.exceeds_roofs(values) else ""
     return f"{say(ran)} and {fast} {about}" if ran else f"{say(fast)} {about}"
 
 

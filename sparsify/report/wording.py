@@ -6,10 +6,14 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-from sparsify.report.pairs import runs_sparse
+from sparsify.bench.engaged import runs_sparse
+from sparsify.report.pairs import ran_sparse
 
 DENSE = "DENSE: asked to be sparse, no sparse kernel ran"
 UNKNOWN = "UNKNOWN: asked to be sparse, it is not known which kernels ran"
+WEAK_DENSE = "more than fewer bytes explain: part of it is that the runtime's own dense product is not the best"
+# By so much a ratio may exceed that of the roofs, which are measured too.
+_MARGIN = 1.1
 NOT_ASKED = "SPARSE: a sparse kernel ran where none was asked for"
 
 
@@ -32,19 +36,29 @@ def status(engaged: dict[str, str], asked: bool, pruned: int) -> dict[str, Any]:
     Args:
         engaged: linear -> kernel, as the record has it.
         asked: whether it was to run sparse.
-        pruned: linears of the artifact that were pruned; a runtime that fuses some knows fewer.
+        pruned: linears of the artifact that were pruned.
     """
-    n, n_sparse = min(pruned, len(engaged)) or len(engaged), sum(map(runs_sparse, engaged.values()))
+    n = pruned or len(engaged)
+    n_sparse, n_known = ran_sparse(engaged, n)
     known = engaged and not any(kernel.startswith("unknown") for kernel in engaged.values())
     if not asked:
-        state, text = ("unasked", NOT_ASKED) if n_sparse else ("dense", "dense, as asked")
+        state, text = (
+            ("unasked", NOT_ASKED) if any(map(runs_sparse, engaged.values())) else ("dense", "dense, as asked")
+        )
     elif not n_sparse:
         state, text = ("DENSE", DENSE) if known else ("unknown", UNKNOWN)
     elif n_sparse < n:
-        state, text = "partly", f"partly sparse ({n_sparse} of {n})"
+        rest = f", {n - n_known} unknown" if n_known < n else ""
+        state, text = "partly", f"partly sparse ({n_sparse} of {n}{rest})"
     else:
         state, text = "sparse", "sparse"
     return {"state": state, "text": text, "kernels": dict(sorted(Counter(engaged.values()).items()))}
+
+
+def exceeds_roofs(values: dict[str, Any]) -> bool:
+    """Whether one of a row's ``measures`` gained clearly more than it would if dense and sparse reached their roofs."""
+    compared, roofs = values["comparison"], values["roof_ratio"]
+    return bool(compared and roofs and compared["claim"] == "faster" and compared["ratio"] > _MARGIN * roofs)
 
 
 def kernels(counts: dict[str, int]) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sparsify.errors import ModelError
+from sparsify.roofline.config import whole
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -44,14 +47,19 @@ def _triangle(prompt: int, window: int) -> float:
 
 
 def attention_of(config: Any, n_layers: int) -> Attention:
-    """That of a model with this text config and so many layers."""
-    n_heads = int(config.num_attention_heads)
-    named = (getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
-    kv_heads = int(next(filter(None, named), n_heads))
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    """That of a model with this text config and so many layers.
+
+    Raises:
+        ModelError: a number in the config makes no sense.
+    """
+    n_heads = whole(config, "num_attention_heads")
+    if n_heads is None:
+        raise ModelError("config.json: key num_attention_heads is missing; planning needs it")
+    kv_heads = whole(config, "num_key_value_heads", "num_kv_heads") or n_heads
+    head_dim = whole(config, "head_dim") or (whole(config, "hidden_size") or 0) // n_heads
+    window = whole(config, "sliding_window", "attention_chunk_size", off=0)
     # Layers of other kinds (linear attention, state spaces) have a state whose size does not grow.
     kinds = getattr(config, "layer_types", None) or ["sliding" if window else "full"] * n_layers
-    sliding = sum("sliding" in kind or "chunked" in kind for kind in kinds)
-    full = sum("full" in kind for kind in kinds) + (0 if window else sliding)
-    return Attention(n_heads, kv_heads, head_dim, full, (int(window),) * sliding if window else ())
+    sliding = sum("sliding" in str(kind) or "chunked" in str(kind) for kind in kinds)
+    full = sum("full" in str(kind) for kind in kinds) + (0 if window else sliding)
+    return Attention(n_heads, kv_heads, head_dim, full, (window,) * sliding if window else ())

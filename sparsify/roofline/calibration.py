@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import quantiles
+from statistics import fmean, quantiles
 from typing import Any
 
 from sparsify.errors import UsageError
@@ -33,8 +33,10 @@ class Point:
         density: share of values kept.
         tokens: rows of x.
         dense_us: microseconds, median of the best dense way.
-        low: least of the ratios dense time / best sparse time that the samples give.
-        high: greatest.
+        low: of the ratios dense time / best sparse time, the lower end.
+        high: the upper.
+        fastest_us: of all samples of the best dense way, and of the best sparse way.
+        in_table: of the tuner, else in a record.
     """
 
     shape: tuple[int, int]
@@ -45,21 +47,8 @@ class Point:
     dense_us: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What measured products say of one that is near.
-
-    Attributes:
-        low: of dense time / sparse time.
-        high: of the same.
-        efficiency: roof of the dense product / its time.
-    """
-
-    low: float
-    high: float
-    efficiency: float
+    fastest_us: tuple[float, float]
+    in_table: bool = False
 
 
 def pattern_key(pattern: Pattern) -> tuple[str, float]:
@@ -115,15 +104,27 @@ def _point(record: Mapping[str, Any]) -> Iterator[Point]:
     sparse = [name for name in times if not _is_dense(name)]
     if not sparse:
         return
-    dense, best = times[record["best_dense"]], min(sparse, key=lambda name: _quarters(times[name])[1])
-    ratios = [d / s for d, s in zip(_quarters(dense), _quarters(times[best]), strict=True)]
+    dense, best = (
+        times[record["best_dense"]],
+        min((times[name] for name in sparse), key=lambda each: _quarters(each)[1]),
+    )
+    low, high = _ratio(dense, best)
     n_out, n_in = map(int, record["shape"])
     text = str(record["pattern"])
     name = UNSTRUCTURED if text == UNSTRUCTURED else pattern_key(parse_pattern(text))[0]
     yield Point(
         (n_out, n_in), record["dtype"], name, float(record["density"]), int(record["tokens"]), _quarters(dense)[1],
-        min(ratios), max(ratios),
+        low, high, (min(dense), min(best)),
     )  # fmt: skip
+
+
+def _ratio(dense: Sequence[float], sparse: Sequence[float]) -> tuple[float, float]:
+    """Quartiles of the ratio. Samples of one round are a pair: what else the machine did then hit both."""
+    if len(dense) == len(sparse):
+        low, _, high = _quarters([d / s for d, s in zip(dense, sparse, strict=True)])
+        return low, high
+    (dense_low, _, dense_high), (sparse_low, _, sparse_high) = _quarters(dense), _quarters(sparse)
+    return dense_low / sparse_high, dense_high / sparse_low
 
 
 def _is_dense(name: str) -> bool:
@@ -135,7 +136,10 @@ def _quarters(samples: Sequence[float]) -> list[float]:
 
 
 def from_table(table: Table | None) -> list[Point]:
-    """The points of a tuner's table whose inputs are of the weight's own type, against torch's dense product."""
+    """The points of a tuner's table whose inputs are of the weight's own type, against torch's dense product.
+
+    Of the samples a table has median and least, in no pairs: the range is that of one's median over the other's least.
+    """
     points = []
     for entry in table.entries if table else ():
         if entry.values != entry.x:
@@ -144,12 +148,12 @@ def from_table(table: Table | None) -> list[Point]:
             packed = [each for name, each in times.items() if name not in (DENSE, LOOP, GATHER)]
             if packed:
                 dense, best = times[DENSE], min(packed, key=lambda each: each.median_us)
-                ratios = (dense.median_us / best.median_us, dense.min_us / best.min_us)
                 shape = (entry.n_out, entry.n_in)
                 points.append(
                     Point(
                         shape, _DTYPES[entry.x], entry.pattern, entry.density, tokens, dense.median_us,
-                        min(ratios), max(ratios),
+                        dense.min_us / best.median_us, dense.median_us / best.min_us, (dense.min_us, best.min_us),
+                        in_table=True,
                     )
                 )  # fmt: skip
     return points
@@ -164,7 +168,7 @@ def raised(device: Device, points: Sequence[Point]) -> Device:
     for point in points:
         dense = linear_work(*point.shape, point.tokens, point.dtype)
         sparse = linear_work(*point.shape, point.tokens, point.dtype, Storage(point.density, mask=True))
-        for work, microseconds in ((dense, point.dense_us), (sparse, point.dense_us / point.high)):
+        for work, microseconds in zip((dense, sparse), point.fastest_us, strict=True):
             bandwidth = max(bandwidth, 1e6 * work.n_bytes / microseconds)
             if point.dtype in flops and device.kind == "cpu":
                 flops[point.dtype] = max(flops[point.dtype], 1e6 * work.flops / microseconds)
@@ -175,51 +179,54 @@ def raised(device: Device, points: Sequence[Point]) -> Device:
 
 
 def near(
-    points: Sequence[Point],
-    device: Device,
-    shape: tuple[int, int],
-    dtype: str,
-    storage: Storage,
-    name: str,
-    tokens: float,
-) -> Measured | None:
-    """What ``points`` say of a product; None if nothing near was measured.
+    points: Sequence[Point], shape: tuple[int, int], dtype: str, density: float, name: str, tokens: float
+) -> tuple[float, float] | None:
+    """The range of dense time / sparse time that ``points`` give for a product; None if nothing near was measured.
 
     Type, pattern and density are the same. Of shapes the nearest counts; of tokens those measured on both sides.
 
     Args:
-        points: of this device.
-        device: whose roof the dense times are compared with.
+        points: of one device.
         shape: (out, in).
         dtype: of weight and inputs.
-        storage: of the weight.
+        density: share of values kept.
         name: of its pattern, see ``pattern_key``.
         tokens: rows of x.
     """
     alike = [
         point
         for point in points
-        if (point.dtype, point.pattern) == (dtype, name)
-        and abs(point.density - storage.density) <= _NEAR_DENSITY
-        and _distance(point, shape) <= _FARTHEST
+        if (point.dtype, point.pattern) == (dtype, name) and abs(point.density - density) <= _NEAR_DENSITY
     ]
-    if not alike:
-        return None
-    nearest = min(_distance(point, shape) for point in alike)
-    by_tokens = {point.tokens: point for point in alike if _distance(point, shape) == nearest}
+    found = _nearest(alike, shape, tokens)
+    return (min(point.low for point in found), max(point.high for point in found)) if found else None
+
+
+def efficiency(points: Sequence[Point], device: Device, shape: tuple[int, int], dtype: str, tokens: float) -> float:
+    """Roof of a dense product / its time, by the dense times of all points, whatever the pattern; 1 if none is near."""
+    found = _nearest([point for point in points if point.dtype == dtype], shape, tokens)
+    roofs = [1e6 * bound(linear_work(*point.shape, point.tokens, dtype), device).seconds for point in found]
+    # Above 1 the ceilings are those of a busier machine, see ``raised``.
+    return min(1.0, fmean(roof / point.dense_us for roof, point in zip(roofs, found, strict=True))) if found else 1.0
+
+
+def _nearest(points: Sequence[Point], shape: tuple[int, int], tokens: float) -> list[Point]:
+    """All of the nearest shape at the numbers of tokens around; where a record tells, tables do not count."""
+    near_ones = [point for point in points if _distance(point, shape) <= _FARTHEST]
+    least = min((_distance(point, shape) for point in near_ones), default=0.0)
+    by_tokens: dict[int, list[Point]] = {}
+    for point in near_ones:
+        if _distance(point, shape) == least:
+            by_tokens.setdefault(point.tokens, []).append(point)
     counts = sorted(by_tokens)
-    if tokens < counts[0] / _REACH or (tokens > counts[-1] * _REACH and counts[-1] < _MANY):
-        return None
-    around = [
+    if not counts or tokens < counts[0] / _REACH or (tokens > counts[-1] * _REACH and counts[-1] < _MANY):
+        return []
+    around = {
         max((c for c in counts if c <= tokens), default=counts[0]),
         min((c for c in counts if c >= tokens), default=counts[-1]),
-    ]
-    found = [by_tokens[count] for count in dict.fromkeys(around)]
-    efficiency = [
-        1e6 * bound(linear_work(*point.shape, point.tokens, dtype), device).seconds / point.dense_us for point in found
-    ]
-    # Above 1 the ceilings are those of a busier machine, see ``raised``.
-    return Measured(min(p.low for p in found), max(p.high for p in found), min(1.0, sum(efficiency) / len(efficiency)))
+    }
+    found = [by_tokens[count] for count in sorted(around)]
+    return [point for same in found for point in ([p for p in same if not p.in_table] or same)]
 
 
 def _distance(point: Point, shape: tuple[int, int]) -> float:

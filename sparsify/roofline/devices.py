@@ -7,7 +7,7 @@ whatever sums are kept in. Rates printed "with sparsity" are halved here, and co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sparsify.errors import UsageError
@@ -92,6 +92,25 @@ def find_device(name: str) -> Device:
     if name.lower() not in DEVICES:
         raise UsageError(f"--device {name!r} is unknown; choose {HERE}, {', '.join(DEVICES)}")
     return DEVICES[name.lower()]
+
+
+def published_as(device: Device) -> Device | None:
+    """The published device that this is by one of its names, which the one at hand may be."""
+    return next((known for known in DEVICES.values() if set(known.known_as) & set(device.known_as)), None)
+
+
+def completed(device: Device) -> Device:
+    """A measured device with the types that were not measured: as much above bfloat16 as its data sheet says."""
+    known = published_as(device)
+    if known is None or device.how == "published" or "bfloat16" not in device.flops:
+        return device
+    scale = device.flops["bfloat16"] / known.flops["bfloat16"]
+    added = {dtype: scale * peak for dtype, peak in known.flops.items() if dtype not in device.flops}
+    if not added:
+        return device
+    source = f"{device.source}; {', '.join(added)} not measured, in proportion to bfloat16 as in {known.source}"
+    factors = {**known.sparse_factor, **device.sparse_factor}
+    return replace(device, flops={**device.flops, **added}, sparse_factor=factors, source=source)
 
 
 _TERA = 1e12

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import UsageError
 from sparsify.roofline import published
-from sparsify.roofline.calibration import Point, near, pattern_key
-from sparsify.roofline.devices import DEVICES, HERE, Device
-from sparsify.roofline.prediction import ROOF_ONLY, LinearGain, Memory, Plan, StepGain
+from sparsify.roofline.calibration import Point, efficiency, near, pattern_key
+from sparsify.roofline.devices import DEVICES, HERE, Device, completed, published_as
+from sparsify.roofline.prediction import (
+    CLIPPED,
+    MEASURED,
+    PUBLISHED,
+    ROOF_ONLY,
+    WHOLE_STEPS,
+    LinearGain,
+    Memory,
+    Plan,
+    StepGain,
+)
 from sparsify.roofline.work import DENSE, LinearGroup, ModelWork, Storage, Work, bound, linear_work, storage_of, total
 from sparsify.types import NofM, Pattern, parse_pattern
 
@@ -23,11 +33,11 @@ if TYPE_CHECKING:
     from sparsify.model import Skeleton
 
 _PREFILL, _DECODE = "prefill", "decode"
-# Time of a dense step that is neither in products nor in any roof (attention's kernels, norms, quantising inputs, the
-# host), over the time that is. GPUs: products of FP8 on H100 PCIe gain 1.62 and 1.67 at 2048 and 16384 tokens and whole
-# steps of Qwen2.5-7B 1.21 and 1.30 (see ``published``), which 1.2 and 0.7 would explain. CPUs: products of SmolLM2-135M
-# would give 2.3 with two threads where a whole step gains 1.59 (docs/kernels.md), which 0.5 would explain.
-OTHER_WORK = {"cuda": 1.0, "cpu": 0.5}
+# Most time of a dense step that is neither in products nor in any roof (attention's kernels, norms, quantising inputs,
+# the host), over the time that is, by whole steps against their products. GPUs: those of Qwen2.5-7B and -14B in FP8 on
+# H100 PCIe (see ``published``) would be explained by up to 2.0, the typical one by 0.9; prefill of 512 tokens, where
+# next to nothing is gained, by 4 and 12. CPUs: SmolLM2-135M with two threads (docs/kernels.md) by up to 1.6, in vLLM.
+OTHER_WORK = {"cuda": 2.0, "cpu": 1.6}
 
 
 @dataclass(frozen=True)
@@ -40,15 +50,13 @@ class _Case:
 
     @property
     def published_name(self) -> str | None:
-        """The device's name in published tables, by which the one at hand may be known too."""
-        if self.device.name in DEVICES:
-            return self.device.name
-        known = (each.name for each in DEVICES.values() if set(each.known_as) & set(self.device.known_as))
-        return next(known, None)
+        """The device's name in published tables."""
+        known = published_as(self.device)
+        return known.name if known else None
 
     @property
     def measured(self) -> str:
-        return "measured here" if self.device.name == HERE else f"measured on {self.device.full_name}"
+        return MEASURED + ("here" if self.device.name == HERE else f"on {self.device.full_name}")
 
 
 def plan(
@@ -77,8 +85,10 @@ def plan(
 
     Raises:
         UsageError: no peak of the device is known for the type, a pattern is none, or a number is below 1.
+        ModelError: a number in the config makes no sense.
     """
     parsed = check(patterns, batches, prompt, new)
+    device = completed(device)
     device.peak(dtype)
     case = _Case(device, dtype, points)
     dense = ModelWork.from_skeleton(skeleton, dtype)
@@ -157,29 +167,27 @@ def _gain(case: _Case, group: LinearGroup, text: str, pattern: Pattern, tokens: 
     shape = (group.n_out, group.n_in)
     sparse = bound(_work(case, group, storage, each), case.device)
     roof = bound(_work(case, group, DENSE, each), case.device).seconds / sparse.seconds
-    measured = near(case.points, case.device, shape, case.dtype, storage, name, each)
+    reached = efficiency(case.points, case.device, shape, case.dtype, each)
+    low, high, most, basis = min(1.0, roof), roof, roof, ROOF_ONLY
+    measured = near(case.points, shape, case.dtype, density, name, each)
     if measured:
-        low, high, efficiency, basis = measured.low, measured.high, measured.efficiency, case.measured
         # The sparse product cannot be faster than its own roof.
-        high = min(high, roof / efficiency)
-        low = min(low, high)
-    else:
-        low, high, efficiency, basis = min(1.0, roof), roof, 1.0, ROOF_ONLY
-        found = None
-        if case.published_name and (name == "2:4" or not isinstance(pattern, NofM)):
-            found = published.kernel_ratio(
-                case.published_name, case.dtype, density, structured=name == "2:4", shape=shape, tokens=round(each)
-            )
+        (low, high), most, basis = measured, roof / reached, case.measured
+    elif case.published_name and (name == "2:4" or not isinstance(pattern, NofM)):
+        found = published.kernel_ratio(
+            case.published_name, case.dtype, density, structured=name == "2:4", tokens=round(each)
+        )
         if found:
-            low, high = min(found.low, roof), min(found.high, roof)
-            basis = _published(case, found)
+            low, high, basis = found.low, found.high, PUBLISHED + _source(case, found)
+    basis += CLIPPED if high > most else ""
+    low, high = min(low, most), min(high, most)
     row = LinearGain((group.kind,), group.count, shape, text, each, low, high, roof, sparse.limited_by, basis)
-    return row, efficiency
+    return row, reached
 
 
-def _published(case: _Case, found: published.Found) -> str:
+def _source(case: _Case, found: published.Found) -> str:
     other = "" if found.device == case.published_name else f" (measured on {DEVICES[found.device].full_name})"
-    return f"published: {found.source}{other}"
+    return f"{found.source}{other}"
 
 
 def _by_shape(rows: Sequence[LinearGain]) -> list[LinearGain]:
@@ -202,9 +210,9 @@ def _step(
 ) -> StepGain:
     dense_s = fastest_s = slowest_s = linear_roof_s = 0.0
     basis: dict[str, float] = {}
-    for group, stored, (row, efficiency) in zip(dense.linears, sparse.linears, gains, strict=True):
+    for group, stored, (row, reached) in zip(dense.linears, sparse.linears, gains, strict=True):
         least = bound(group.work(at.tokens, case.dtype), case.device).seconds
-        taken = least / efficiency
+        taken = least / reached
         floor = bound(stored.work(at.tokens, case.dtype), case.device).seconds
         linear_roof_s += least
         dense_s += taken
@@ -216,17 +224,20 @@ def _step(
     rest = total(at.rest(dense), case.device).seconds * dense_s / linear_roof_s
     dense_s, fastest_s, slowest_s = dense_s + rest, fastest_s + rest, slowest_s + rest
     roofs = [total(at.works(model), case.device) for model in (dense, sparse)]
-    # At worst there is other work, which sparsity does not shorten.
+    roof = roofs[0].seconds / roofs[1].seconds
     other = OTHER_WORK[case.device.kind] * dense_s
     low, high = (dense_s + other) / (slowest_s + other), dense_s / fastest_s
-    found = None
-    if at.pattern == "2:4" and case.published_name and case.measured not in basis:
-        found = published.end_to_end_ratio(case.published_name, case.dtype, at.phase, dense.n_weights, at.tokens)
-    if found:
-        # Above the roof, sequences were shorter than the user's.
-        roof = roofs[0].seconds / roofs[1].seconds
-        low, high = found.low if found.low <= roof else low, min(found.high, roof)
-        basis = {_published(case, found): 1.0}
+    if not any(name.startswith(MEASURED) for name in basis):
+        # Dense products that are further from their roofs than others weigh more than in these.
+        low, high = min(low, roof), min(high, roof)
+        found = None
+        if at.pattern == "2:4" and case.published_name:
+            found = published.end_to_end_ratio(case.published_name, case.dtype, at.phase, dense.n_weights, at.tokens)
+        if found:
+            # Above the roof, sequences were shorter than the user's.
+            clipped = CLIPPED if found.high > roof else ""
+            low, high = found.low if found.low <= roof else low, min(found.high, roof)
+            basis = {f"{WHOLE_STEPS}{_source(case, found)}{clipped}": 1.0}
     return StepGain(
         at.pattern, at.phase, at.batch, at.tokens, dense_s, dense_s / high, dense_s / low, roofs[0].seconds,
         roofs[1].seconds, low, high, roofs[1].limited_by, basis,

@@ -9,6 +9,16 @@ from typing import Any
 from sparsify.roofline.devices import Device
 
 ROOF_ONLY = "roof only"
+# How what a prediction rests on begins.
+MEASURED, PUBLISHED, WHOLE_STEPS = "measured ", "published: ", "published for whole steps: "
+# How it ends where what was measured or published exceeds the roof.
+CLIPPED = ", clipped to the roof"
+
+
+def span(low: float, high: float) -> str:
+    """A range of ratios for people."""
+    ends = list(dict.fromkeys((f"{low:.2f}", f"{high:.2f}")))
+    return " to ".join(ends) if len(ends) > 1 else f"about {ends[0]}"
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,8 @@ class LinearGain:
         high: at most.
         roof: what no kernel exceeds if dense runs at its roof.
         limited_by: what limits the sparse product there.
-        basis: ``measured here``, ``measured on ...``, ``published: ...`` or ``roof only``.
+        basis: ``measured here``, ``measured on ...``, ``published: ...`` or ``roof only``; ``clipped to the roof``
+            where that was above it.
     """
 
     linears: tuple[str, ...]
@@ -50,14 +61,14 @@ class StepGain:
         batch: sequences at once.
         tokens: rows of x of the linears.
         dense_s: time of the dense model, as far from its roof as the linears that were measured; else the roof.
-        fastest_s: of the pruned model, at best.
-        slowest_s: at worst.
+        fastest_s: of the pruned model by ``high``.
+        slowest_s: by ``low``.
         dense_roof_s: the least for the dense model.
         roof_s: the least for the pruned one.
-        low: dense time / pruned time, at least. Where a sparse product is slower the dense one is taken to stay.
-        high: at most.
+        low: dense time / pruned time with much other work. Where a sparse product is slower, dense is taken to stay.
+        high: the same with none.
         limited_by: what limits the pruned step at its roof.
-        basis: share of the linears' time -> basis, or the one published figure for the whole step.
+        basis: basis -> share of the linears' time, or the one published figure for the whole step.
     """
 
     pattern: str
@@ -78,6 +89,11 @@ class StepGain:
     def roof(self) -> float:
         """Ratio of the roofs."""
         return self.dense_roof_s / self.roof_s
+
+    @property
+    def dense_is_measured(self) -> bool:
+        """Of its products at least some were; else the dense time is the roof."""
+        return self.dense_s > self.dense_roof_s * (1 + 1e-9)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparsify.roofline import published
-from sparsify.roofline.devices import HERE
+from sparsify.roofline.devices import HERE, published_as
 from sparsify.roofline.plan import OTHER_WORK
-from sparsify.roofline.prediction import ROOF_ONLY, Plan, StepGain
+from sparsify.roofline.prediction import MEASURED, ROOF_ONLY, WHOLE_STEPS, Plan, StepGain, span
 
 Pays = Literal["yes", "no", "unclear"]
 # Less is not worth the loss of accuracy, nor the work.
@@ -17,8 +17,8 @@ _WORTH = 1.05
 _GPU_SIXTEEN_BITS = ("bfloat16", "float16")
 # Most tokens that the kernel for unstructured weights on GPUs takes.
 _MOST_TRITON_TOKENS = 64
-# Fewer tokens than published tables of 2:4 products begin with.
-_PUBLISHED_FROM = 64
+# cuSPARSELt gains nothing with so many tokens or fewer.
+_FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def notes(plan: Plan) -> list[str]:
             f"{prefill:.2f} for prefill; published: {published.FP8_SOURCE}; plan on top of it with "
             "--dtype float8"
         )
+    elif device.kind == "cuda" and plan.dtype in _GPU_SIXTEEN_BITS and published_as(device) is None:
+        found.append("whether this GPU has FP8, and what FP8 dense would gain without pruning, is not known here")
     needed = plan.memory[0].n_bytes
     if needed > device.memory_bytes:
         fits = [each.pattern for each in plan.memory[1:] if each.pattern and each.n_bytes <= device.memory_bytes]
@@ -71,8 +73,9 @@ def notes(plan: Plan) -> list[str]:
             "measured this GPU"
         )
     found.append(
-        "times are lower bounds; ranges of whole steps begin where other work (attention's kernels, norms, the host) "
-        f"takes {_share(OTHER_WORK[device.kind])} of the dense step"
+        "dense times leave out other work (attention's kernels, norms, the host); with ≈ they rest on products "
+        "measured on this device, with ≥ they are roofs; ranges of whole steps begin where other work takes "
+        f"{_share(OTHER_WORK[device.kind])} of the dense step"
     )
     found.append("accuracy is not predicted: prune, then sparsify eval")
     return found
@@ -81,36 +84,38 @@ def notes(plan: Plan) -> list[str]:
 def _verdict(plan: Plan, pattern: str) -> Verdict:
     steps = [step for step in plan.steps if step.pattern == pattern]
     reasons: list[str] = []
-    sure, maybe = [s for s in steps if s.low >= _WORTH], [s for s in steps if s.high >= _WORTH]
+    measured = any(_rests_on(step, MEASURED) for step in steps)
+    small = pattern == "2:4" and plan.device.kind == "cuda" and plan.n_weights < published.SMALL_MODEL
+    # Of a small model's steps products and roofs say nothing, on a GPU.
+    told = [step for step in steps if not small or _rests_on(step, MEASURED) or _rests_on(step, WHOLE_STEPS)]
+    sure, maybe = [s for s in told if s.low >= _WORTH], [s for s in told if s.high >= _WORTH]
     pays: Pays = "yes" if sure else "unclear" if maybe else "no"
-    unmeasured = plan.device.kind == "cuda" and not _measured(steps)
-    if unmeasured and plan.n_weights < published.SMALL_MODEL:
-        pays = "no"
+    if len(told) < len(steps):
         reasons.append(
             f"{plan.n_weights / 1e9:.1f} billion weights are few for a GPU: launches and the host take the time that "
             f"sparsity would save; published: {published.SMALL_SOURCE}"
         )
-    elif pays == "no":
+    if pays == "no" and told:
         reasons.append(f"no step gains {100 * (_WORTH - 1):.0f} %")
-    elif unmeasured and plan.alternative and _fp8_wins(plan, steps):
+    elif not measured and plan.alternative and _fp8_wins(plan, steps):
         pays = "no"
         reasons.append("FP8 dense has as high a roof or a higher one in every step and needs no pruning")
     elif pays == "yes":
         reasons.append("; ".join(_ranges(sure)))
-    else:
+    elif maybe:
         reasons.append(f"between no gain and {'; '.join(f'{s.high:.2f} times for {_name(s)}' for s in maybe)}")
-    flat = [step for step in steps if step.high < _WORTH]
+    flat = [step for step in told if step not in maybe]
     if flat and maybe and pays != "no":
-        reasons.append(f"no gain for {', '.join(dict.fromkeys(map(_name, flat)))}")
+        reasons.append(f"no gain for {_names(flat)}")
     if pays != "no" and any(ROOF_ONLY in step.basis for step in maybe):
         reasons.append("where the basis is the roof alone, the range ends at an upper bound that no kernel has shown")
     if pays != "no":
-        reasons += _kernels(plan, pattern, steps)
+        reasons += _kernels(plan, pattern, steps, measured=measured)
     return Verdict(pattern, pays, tuple(reasons))
 
 
-def _measured(steps: Sequence[StepGain]) -> bool:
-    return any(basis.startswith("measured") for step in steps for basis in step.basis)
+def _rests_on(step: StepGain, beginning: str) -> bool:
+    return any(basis.startswith(beginning) for basis in step.basis)
 
 
 def _fp8_wins(plan: Plan, steps: Sequence[StepGain]) -> bool:
@@ -118,16 +123,21 @@ def _fp8_wins(plan: Plan, steps: Sequence[StepGain]) -> bool:
     return all(fp8[step.phase, step.batch] >= step.roof for step in steps)
 
 
-def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain]) -> list[str]:
+def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain], *, measured: bool) -> list[str]:
     """What of this package would run, where that is not what a reader would expect."""
     device, found = plan.device, []
     structured = pattern == "2:4"
     if device.kind == "cuda":
-        few = sorted({step.batch for step in steps if step.phase == "decode" and step.batch < _PUBLISHED_FROM})
-        if structured and few:
+        unknown = [step for step in steps if ROOF_ONLY in step.basis]
+        if structured and unknown:
+            few = any(step.tokens < _FEW_TOKENS for step in unknown)
             found.append(
-                f"at {_list(few)} in decode nothing is published for 2:4 products of so few tokens, and cuSPARSELt is "
-                "no library for them: at 64 tokens it equals dense on H100 PCIe in bfloat16"
+                f"nothing is published for 2:4 products of as many tokens as in {_names(unknown)}"
+                + (
+                    ", and cuSPARSELt is no library for few: at 64 it equals dense on H100 PCIe in bfloat16"
+                    if few
+                    else ""
+                )
             )
         if not structured and plan.dtype not in _GPU_SIXTEEN_BITS:
             found.append(f"no kernel of this package takes such weights in {plan.dtype} on GPUs")
@@ -135,7 +145,7 @@ def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain]) -> list[str]:
             found.append(
                 f"the kernel for such weights on GPUs takes up to {_MOST_TRITON_TOKENS} tokens; beyond, dense runs"
             )
-    elif device.name == HERE and not _measured(steps):
+    elif device.name == HERE and not measured:
         found.append(
             "nothing like its products was measured on this machine with this number of threads, so auto runs dense: "
             "sparsify tune --model MODEL measures them"
@@ -144,15 +154,15 @@ def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain]) -> list[str]:
 
 
 def _ranges(steps: Sequence[StepGain]) -> list[str]:
-    return [f"{step.low:.2f} to {step.high:.2f} times for {_name(step)}" for step in steps]
+    return [f"{span(step.low, step.high)} times for {_name(step)}" for step in steps]
 
 
 def _name(step: StepGain) -> str:
     return f"{step.phase} at batch {step.batch}"
 
 
-def _list(batches: Sequence[int]) -> str:
-    return f"batch {', '.join(map(str, batches))}"
+def _names(steps: Sequence[StepGain]) -> str:
+    return ", ".join(dict.fromkeys(map(_name, steps)))
 
 
 def _share(other: float) -> str:

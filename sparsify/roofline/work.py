@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from sparsify.errors import ModelError
 from sparsify.roofline.attention import Attention, attention_of
+from sparsify.roofline.config import EXPERTS, whole
 from sparsify.roofline.devices import DTYPE_BYTES, Device
 from sparsify.types import NofM, Pattern
 
@@ -147,17 +149,19 @@ class ModelWork:
     """A model as what its steps cost.
 
     Attributes:
-        linears: of its blocks.
+        linears: of its blocks, those that patterns apply to.
+        dense: all other matrices of its blocks: routers, and experts of a layout that is not understood.
         head: the product that gives logits; None where a model has none.
         attention: of all layers.
         dtype: of weights and inputs.
         kv_bytes: of one element of the cache of keys and values.
-        other_bytes: of weights that are in no linear (embedding, norms).
+        other_bytes: of weights that are in no product (embedding, norms).
         n_weights: of the whole model, tied ones once.
         head_is_embedding: the head's bytes are counted among the others.
     """
 
     linears: tuple[LinearGroup, ...]
+    dense: tuple[LinearGroup, ...]
     head: LinearGroup | None
     attention: Attention
     dtype: str
@@ -181,14 +185,19 @@ class ModelWork:
             dtype: of weights and inputs, a key of ``DTYPE_BYTES``.
             storage: of its prunable linears, of all or of each.
             stored_bytes: name of a linear -> bytes that its weight really has; ``storage`` tells those of the rest.
+
+        Raises:
+            ModelError: a number in the config makes no sense.
         """
         size = DTYPE_BYTES[dtype]
-        n_experts_of_token = getattr(skeleton.text_config, "num_experts_per_tok", None)
+        n_experts_of_token = whole(skeleton.text_config, "num_experts_per_tok")
         groups: dict[LinearGroup, int] = {}
         for index, block in enumerate(skeleton.linears):
             prefix = skeleton.prefix(index)
             n_experts = len({_expert(spec) for spec in block} - {None})
             for spec in block:
+                if min(spec.out_features, spec.in_features) < 1:
+                    raise ModelError(f"config.json: makes {spec.name} {spec.out_features} x {spec.in_features}")
                 stored = storage(spec) if callable(storage) else storage
                 n_bytes = stored.n_bytes(spec.out_features, spec.in_features, size)
                 n_bytes = (stored_bytes or {}).get(spec.name, n_bytes)
@@ -198,13 +207,14 @@ class ModelWork:
                 group = LinearGroup(kind, spec.out_features, spec.in_features, 0, stored, n_bytes, share)
                 groups[group] = groups.get(group, 0) + 1
         linears = tuple(replace(group, count=count) for group, count in groups.items())
+        dense = tuple(_unrecognised(skeleton, size, n_experts_of_token))
         head, tied = _head(skeleton.model, size)
         n_weights = sum(parameter.numel() for parameter in skeleton.model.parameters())
-        inside = sum(group.count * group.n_out * group.n_in for group in linears)
+        inside = sum(group.count * group.n_out * group.n_in for group in (*linears, *dense))
         inside += head.n_out * head.n_in if head and not tied else 0
         attention = attention_of(skeleton.text_config, skeleton.n_blocks)
         kv_bytes = max(_LEAST_CACHE_BYTES, size)
-        return cls(linears, head, attention, dtype, kv_bytes, (n_weights - inside) * size, n_weights, tied)
+        return cls(linears, dense, head, attention, dtype, kv_bytes, (n_weights - inside) * size, n_weights, tied)
 
     @property
     def linear_bytes(self) -> float:
@@ -215,7 +225,8 @@ class ModelWork:
     def weight_bytes(self) -> float:
         """Of all stored weights."""
         head = self.head.stored_bytes if self.head and not self.head_is_embedding else 0
-        return self.linear_bytes + self.other_bytes + head
+        dense = sum(group.count * group.stored_bytes for group in self.dense)
+        return self.linear_bytes + dense + self.other_bytes + head
 
     def cache_bytes(self, batch: int, context: int) -> float:
         """Of the keys and values of ``batch`` sequences of ``context`` tokens."""
@@ -232,14 +243,16 @@ class ModelWork:
         yield from self.rest_of_decode(batch, context)
 
     def rest_of_prefill(self, batch: int, prompt: int) -> Iterator[Work]:
-        """Attention, and logits of the last token of each prompt."""
+        """Other matrices, attention, and logits of the last token of each prompt."""
+        yield from (group.work(batch * prompt, self.dtype) for group in self.dense)
         each = self.attention
         flops = batch * 4.0 * each.n_heads * each.head_dim * each.seen_by_all(prompt)
         yield self._attend(flops, self.cache_bytes(batch, prompt))
         yield from self._logits(batch)
 
     def rest_of_decode(self, batch: int, context: float) -> Iterator[Work]:
-        """Attention, which reads all keys and values, and logits."""
+        """Other matrices, attention, which reads all keys and values, and logits."""
+        yield from (group.work(batch, self.dtype) for group in self.dense)
         each = self.attention
         flops = batch * 4.0 * each.n_heads * each.head_dim * each.seen(context)
         yield self._attend(flops, batch * each.cached(context, self.kv_bytes))
@@ -287,6 +300,21 @@ def _expert(spec: LinearSpec) -> str | int | None:
         return spec.expert
     found = _EXPERT.search(spec.name)
     return found[0] if found else None
+
+
+def _unrecognised(skeleton: Skeleton, size: int, n_experts_of_token: int | None) -> Iterator[LinearGroup]:
+    """The matrices of blocks that are in none of the linears; of experts each token reaches some."""
+    known = {spec.parameter for block in skeleton.linears for spec in block}
+    n_experts = whole(skeleton.text_config, *EXPERTS)
+    for index in range(skeleton.n_blocks):
+        for name, parameter in skeleton.block(index).named_parameters():
+            if parameter.dim() < 2 or not parameter.numel() or skeleton.prefix(index) + name in known:
+                continue
+            n_out, n_in = parameter.shape[-2:]
+            routed = parameter.dim() == 3 and len(parameter) == n_experts and n_experts_of_token
+            share = min(1.0, n_experts_of_token / n_experts) if routed and n_experts_of_token and n_experts else 1.0
+            count = parameter.numel() // (n_out * n_in)
+            yield LinearGroup(name, n_out, n_in, count, DENSE, float(n_out * n_in * size), share)
 
 
 def _head(model: Any, size: int) -> tuple[LinearGroup | None, bool]:

@@ -18,6 +18,7 @@ INSTALL = "install it there with `pip install vllm`, or on a machine without GPU
 # Unless asked for more: a model's own limit can be a hundred times what an evaluation needs of the key/value cache.
 DEFAULT_LENGTH = 2048
 
+_LEAST_SHARE = 0.05
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Key/value cache is handed out in blocks: 128 tokens on CPUs, fewer or a multiple elsewhere.
 _BLOCK = 256
@@ -71,6 +72,9 @@ class Settings:
         }
         if self.cache_bytes is not None and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = self.cache_bytes
+            # With the cache in bytes this share of the memory is only what must be free at the start, and by default
+            # that is nearly all: no second engine beside another.
+            arguments["gpu_memory_utilization"] = _LEAST_SHARE
         if self.kernel is not None:
             arguments["additional_config"] = {"sparsify": {"kernel": self.kernel}}
         if self.quantization is not None:
