@@ -615,16 +615,16 @@ def test_terminal_has_a_line_for_each_candidate_and_runtime(
 
 
 def test_one_point_draws_no_frontier(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsify.report import plots
+    from sparsify.report import drawing, plots
 
     seen: list[list[str]] = []
-    original = plots.legend
+    original = drawing.legend
 
     def legend(axes: Any, lines: list[Any], names: list[str]) -> None:
         seen.append(names)
         original(axes, lines, names)
 
-    monkeypatch.setattr(plots, "legend", legend)
+    monkeypatch.setattr("sparsify.report.plots.legend", legend)
     for runtime, drawn in (("torch", 1), ("onnxruntime", 0)):
         seen.clear()
         path = edited(example, tmp_path / f"{runtime}.jsonl", only(runtime, "2of4"))

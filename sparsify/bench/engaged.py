@@ -4,6 +4,9 @@
 def runs_sparse(kernel: str) -> bool:
     """Whether what ``engaged`` names is a kernel that makes use of the zeros, on every rank.
 
-    ``dense`` and ``unknown`` do not, nor does any operator of ONNX Runtime (``DOMAIN::NAME``).
+    ``dense`` and ``unknown`` do not, nor does what expands the weight for a dense product (``triton, expanded``), nor
+    any operator of ONNX Runtime (``DOMAIN::NAME``).
     """
-    return all(not part.startswith(("dense", "unknown")) and "::" not in part for part in kernel.split("+"))
+    if "::" in kernel or kernel.endswith("expanded"):
+        return False
+    return not any(part.startswith(("dense", "unknown")) for part in kernel.split("+"))

@@ -41,8 +41,8 @@ def _perplexity(summary: dict[str, Any]) -> Table:
         return [*who(row), state(row), [value], increase or text("baseline", "quiet"), divergence, text(used)]
 
     caption = (
-        "± is the standard error over windows; the increase is paired, window by window, with dense in the same "
-        "runtime. The noise floor is the divergence of dense itself in that runtime."
+        "± is the standard error over windows, no interval; the increase is paired, window by window, with dense in "
+        "the same runtime. The noise floor is the divergence of dense itself in that runtime."
     )
     head = ("Artifact", "Runtime", "What ran", "Perplexity", "Increase", "KL divergence", "Text")
     return table(summary, ("perplexity", "Accuracy", caption), head, summary["accuracy"]["perplexity"], cells)
@@ -67,8 +67,8 @@ def _tasks(summary: dict[str, Any]) -> Table:
         return [*who(row), text(f"{row['task']}, {row['metric']}"), value, difference, n]
 
     caption = (
-        "± is the standard error; that of a difference is paired, question by question, with dense in the same "
-        "runtime. Unpaired: as if both had scored other samples, so rather too large."
+        "± is the standard error, no interval; that of a difference is paired, question by question, with dense in "
+        "the same runtime. Unpaired: as if both had scored other samples, so rather too large."
     )
     head = ("Artifact", "Runtime", "Task", "Value", "Difference to dense", "Samples")
     return table(summary, ("tasks", "Zero-shot tasks", caption), head, summary["accuracy"]["tasks"], cells)

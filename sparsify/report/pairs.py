@@ -129,7 +129,7 @@ def samples(latency: Record, measure: Measure, *, again: bool = False) -> dict[i
     Args:
         latency: a latency record.
         measure: what to take of each round.
-        again: of a baseline: its second run in each round.
+        again: of a baseline: the times of its twin, the same artifact in another process.
 
     Rounds where there is nothing to time (tpot of one new token) or the clock showed no time that can be are left out.
     """
