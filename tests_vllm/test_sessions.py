@@ -327,7 +327,11 @@ def test_sessions_beside_and_after_each_other(
         }
         assert np.array_equal(second.generate(ids[:2, :64], 16), want)
         stream = second.stream(ids[:2, :64], 400)
-        assert np.array_equal(collect([next(stream) for _ in range(5)], 2, 5), want[:, :5])
+        # Requests reach an engine in another process one by one: a row may be a step behind.
+        for row, steps in zip(want, zip(*(next(stream) for _ in range(5)), strict=True), strict=True):
+            mine = [token for step in steps for token in step]
+            assert mine
+            assert mine == row[: len(mine)].tolist()
         stream.close()
         assert np.array_equal(collect(second.stream(ids[:2, :64], 16), 2, 16), want)
         stream = second.stream(ids[:2, :64], 400)
