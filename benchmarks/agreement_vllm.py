@@ -79,7 +79,12 @@ def main() -> None:
         rounds = []
         with WorkerProcess("ours", python=options.python, variables=VARIABLES, timeout_s=900) as worker:
             opened = worker.ask(
-                "open", path=str(options.model), runtime=asdict(runtime), vocab_size=vocab_size, trust_remote_code=False
+                "open",
+                path=str(options.model),
+                runtime=asdict(runtime),
+                vocab_size=vocab_size,
+                probe=2,
+                trust_remote_code=False,
             )
             record["session"] = opened["session"]
             worker.ask("stream", **arguments)

@@ -228,6 +228,9 @@ def test_a_dense_graph_is_made_for_a_graph(cli: Run, artifacts: Path, dense: Pat
     assert cli(*command).returncode == 0
     base, sparse = read([out]).of("latency")
     assert base["artifact"] == sparse["baseline"] == "dense-standard-fp32-cpu"
+    # No sparse kernel ran, so no weight was read without its zeros.
+    assert base["roof"] is not None
+    assert base["roof"] == sparse["roof"]
     made = tmp_path / "records.jsonl.baselines" / base["artifact"] / "model.onnx"
     before = made.stat().st_mtime_ns
     assert cli(*command, "--append").returncode == 0

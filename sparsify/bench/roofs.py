@@ -72,7 +72,7 @@ def _work(subject: Subject, dtype: str, engaged: Mapping[str, str], request: Req
     from sparsify.model import load_skeleton
 
     try:
-        skeleton = load_skeleton(subject.folder, trust_remote_code=request.trust_remote_code)
+        skeleton = load_skeleton(subject.folder, trust_remote_code=request.trust_remote_code, weights=False)
     except SparsifyError:
         return None
     # Linears that a runtime fuses go by another name there: the roof is one for the best that can have run.
