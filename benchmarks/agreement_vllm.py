@@ -37,7 +37,7 @@ def theirs(options: argparse.Namespace, batch: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "latency.json"
         command = [
-            str(Path(options.python).parent / "vllm"), "bench", "latency", "--model", str(options.model),
+            str(Path(options.python).absolute().parent / "vllm"), "bench", "latency", "--model", str(options.model),
             "--input-len", str(PROMPT), "--output-len", str(NEW), "--batch-size", str(batch), "--dtype", "bfloat16",
             "--num-iters-warmup", "1", "--num-iters", str(options.calls), "--disable-detokenize", "--enforce-eager",
             "--max-model-len", str(PROMPT + NEW + 1), "--max-num-seqs", str(batch), "--skip-tokenizer-init",
