@@ -26,6 +26,14 @@ from sparsify.bench.workers import WorkerProcess
 from sparsify.runtimes import Runtime
 
 PROMPT, NEW = 128, 32
+# What `vllm bench latency` runs. The command itself does not start from a CPU build, whose package has another name.
+_LATENCY = """
+from vllm.benchmarks import latency
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+latency.add_cli_args(parser)
+latency.main(parser.parse_args())
+"""
 VARIABLES = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -37,7 +45,7 @@ def theirs(options: argparse.Namespace, batch: int) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "latency.json"
         command = [
-            str(Path(options.python).absolute().parent / "vllm"), "bench", "latency", "--model", str(options.model),
+            str(Path(options.python).absolute()), "-c", _LATENCY, "--model", str(options.model),
             "--input-len", str(PROMPT), "--output-len", str(NEW), "--batch-size", str(batch), "--dtype", "bfloat16",
             "--num-iters-warmup", "1", "--num-iters", str(options.calls), "--disable-detokenize", "--enforce-eager",
             "--max-model-len", str(PROMPT + NEW + 1), "--max-num-seqs", str(batch), "--skip-tokenizer-init",
