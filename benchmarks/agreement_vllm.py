@@ -1,7 +1,8 @@
 """Does our harness time a vLLM engine as vLLM's own `vllm bench latency` does? Same model, lengths, batch and settings.
 
-In each round vLLM's tool runs in a process of its own, and then a worker of ours is asked for as many generations; only
-one of the two is busy at a time. vLLM's tool samples at temperature 1, ours is greedy.
+In each round vLLM's tool runs in a process of its own, and then a worker of ours that is as fresh: both make one
+generation that does not count, and then as many that do. A worker that had waited while the other ran would be another
+experiment: on shared machines what has been idle is slower. vLLM's tool samples at temperature 1, ours is greedy.
 
     python benchmarks/agreement_vllm.py --python .venv-vllm/bin/python --model DIR --out FILE
 """
@@ -85,21 +86,21 @@ def main() -> None:
         runtime = Runtime("vllm", dtype="bfloat16", max_length=PROMPT + NEW, max_batch=batch)
         arguments = {"seed": 0, "prompt_tokens": PROMPT, "batch": batch, "n": NEW}
         rounds = []
-        with WorkerProcess("ours", python=options.python, variables=VARIABLES, timeout_s=900) as worker:
-            opened = worker.ask(
-                "open",
-                path=str(options.model),
-                runtime=asdict(runtime),
-                vocab_size=vocab_size,
-                probe=2,
-                trust_remote_code=False,
-            )
-            record["session"] = opened["session"]
-            worker.ask("stream", **arguments)
-            for _ in range(options.rounds):
-                other = theirs(options, batch)
+        for _ in range(options.rounds):
+            other = theirs(options, batch)
+            with WorkerProcess("ours", python=options.python, variables=VARIABLES, timeout_s=900) as worker:
+                opened = worker.ask(
+                    "open",
+                    path=str(options.model),
+                    runtime=asdict(runtime),
+                    vocab_size=vocab_size,
+                    probe=2,
+                    trust_remote_code=False,
+                )
+                record["session"] = opened["session"]
+                worker.ask("stream", **arguments)
                 ours = [worker.ask("stream", **arguments)["total_s"] for _ in range(options.calls)]
-                rounds.append({"ours_s": ours, "theirs_s": other})
+            rounds.append({"ours_s": ours, "theirs_s": other})
         ratios = [statistics.median(each["ours_s"]) / statistics.median(each["theirs_s"]) for each in rounds]
         result = {
             "batch": batch,
