@@ -37,27 +37,13 @@ from sparsify.source import Source
 from sparsify.targets import Options
 from sparsify.types import NofM
 from tests.checkpoints import Folders, make_folders
+from tests.fakes import Notices
 
 SMALL = 1 << 14
 DEVICE = Device("cpu", "cpu", 1e10, {"bfloat16": 1e11, "float32": 1e11}, {}, 0, "made up", kind="cpu")
 needs_native = pytest.mark.skipif(
     NATIVE.absent(torch.device("cpu")) is not None, reason=native.missing() or "this processor has no AVX-512 VBMI2"
 )
-
-
-class Told:
-    def __init__(self) -> None:
-        self.total = self.done = 0
-        self.notices: list[str] = []
-
-    def stage(self, name: str, total: int) -> None:
-        self.total = total
-
-    def advance(self, steps: int = 1) -> None:
-        self.done += steps
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +76,10 @@ def weight(shape: tuple[int, int] = (48, 64), pattern: NofM | None = TWO_OF_FOUR
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "permuted"])
 def test_every_shape_of_a_model_is_measured_once(folders: Folders, pattern: str, which: int) -> None:
     folder = folders("llama", pattern)[which]
-    told = Told()
+    told = Notices()
     ceilings = [DEVICE.to_record()]
     rows = checked(kernel_records(folder, tokens=(1, 5), rounds=2, ceilings=ceilings, progress=told, n_bytes=SMALL))
-    assert not told.notices
+    assert not told.texts
     assert told.done == told.total == len(rows)
     linears = manifest.read(folder)["linears"]
     shapes = [tuple(row["shape"]) for row in rows]
@@ -323,10 +309,10 @@ def test_few_zeros_are_not_packed(folders: Folders, random_models: Any, tmp_path
     folder = prune(
         Source("llama", random_models("llama"), "folder"), Recipe("0.1", "magnitude"), tmp_path / "sparse"
     )  # fmt: skip
-    told = Told()
+    told = Notices()
     assert list(kernel_records(folder, tokens=(1, 2), progress=told)) == []
     assert told.done == told.total > 0
-    assert "too few zeros to be packed" in told.notices[0]
+    assert "too few zeros to be packed" in told.texts[0]
 
 
 def test_experts_are_measured_too(folders: Folders) -> None:

@@ -28,6 +28,7 @@ from sparsify.kernels.tuning_cpu import copies_of, interleaved
 from sparsify.kernels.tuning_request import Request, check, random_packed
 from sparsify.types import NofM, parse_pattern
 from tests.conftest import Run, refuse
+from tests.fakes import Notices
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(
@@ -39,30 +40,15 @@ SMALL = Request(
 )  # fmt: skip
 
 
-class Steps:
-    def __init__(self) -> None:
-        self.total = self.done = 0
-        self.notices: list[str] = []
-
-    def stage(self, name: str, total: int) -> None:
-        self.total = total
-
-    def advance(self, steps: int = 1) -> None:
-        self.done += steps
-
-    def notice(self, text: str) -> None:
-        self.notices.append(text)
-
-
 # What is measured.
 
 
 @needs_native
 def test_every_weight_is_measured_beside_dense(cache: Path) -> None:
-    steps = Steps()
+    steps = Notices()
     kept: list[table.Table] = []
     found = tune(SMALL, steps, kept.append)
-    assert not steps.notices
+    assert not steps.texts
     assert steps.done == steps.total == 4  # two shapes, one type of inputs, two numbers of tokens
     assert [len(each.entries) for each in kept] == [4, 8]
     assert (found.device, found.threads) == (table.device_key(CPU), torch.get_num_threads())
@@ -163,7 +149,7 @@ def test_a_gpu_is_measured_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tuning_gpu, "timed_us", timed)
     request = replace(SMALL, shapes=((48, 64),), tokens=(8, 2))
     weights = [(torch.bfloat16, "2:4"), (torch.bfloat16, "0.7")]
-    steps = Steps()
+    steps = Notices()
     found = list(tuning_gpu.shape_on_gpu(request, (48, 64), torch.bfloat16, weights, steps))
     assert [entry.key[2:4] for entry in found] == [("2:4", 0.5), ("unstructured", 0.3)]
     assert [set(entry.tokens[2]) for entry in found] == [
@@ -171,8 +157,8 @@ def test_a_gpu_is_measured_kernel_by_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     ]  # fmt: skip
     assert {tokens: times["packed"].median_us for tokens, times in found[0].tokens.items()} == {2: 96.0, 8: 384.0}
     assert steps.done == 2
-    assert len(steps.notices) == 4
-    assert steps.notices[0] == "broken, 48x64 2:4, 2 tokens: out of shared memory"
+    assert len(steps.texts) == 4
+    assert steps.texts[0] == "broken, 48x64 2:4, 2 tokens: out of shared memory"
 
 
 def test_kernels_with_a_choice_of_launches_search_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import os
 import statistics
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ MANIFEST = "manifest.json"
 _LEAST_S = 5.0
 
 
-class Budget:
+class Budget(ABC):
     """Time that is given, and what it is enough for.
 
     Args:
@@ -66,9 +67,9 @@ class Budget:
         """Note that there is no time for ``what``."""
         self.not_run(what, why)
 
+    @abstractmethod
     def not_run(self, what: str, why: str) -> None:
         """Note that ``what`` could not be tried."""
-        raise NotImplementedError
 
 
 class Record(Budget):
