@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from sparsify.errors import MeasurementError, UsageError
-from sparsify.options import Bos, Device, EvalStride, Json, Trust, TrustEngine, check_device
+from sparsify.options import (
+    AllowFallback,
+    Bos,
+    CudaGraphs,
+    Device,
+    EvalStride,
+    Json,
+    Kernel,
+    TensorParallel,
+    Trust,
+    TrustEngine,
+    check_device,
+)
 
 _RUNTIMES = "torch, onnxruntime, onnxruntime-genai, tensorrt, vllm or vllm-server"
 _KERNEL_TOKENS = (1, 8, 32, 512)
@@ -75,10 +87,7 @@ def bench_command(
     ] = None,
     kernels: Annotated[bool, typer.Option("--kernels/--no-kernels", help="Time single linears.")] = True,
     dtype: Annotated[str, typer.Option(help="torch, vllm: of weights and arithmetic.")] = "bfloat16",
-    kernel: Annotated[
-        str | None,
-        typer.Option(help="torch, vllm: auto, dense or a kernel that `sparsify doctor` lists.", show_default="auto"),
-    ] = None,
+    kernel: Kernel = None,
     device: Device = None,
     provider: Annotated[
         str | None, typer.Option(help="onnxruntime: auto, cpu, cuda or tensorrt.", show_default="auto")
@@ -86,7 +95,7 @@ def bench_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of every runtime.", show_default="as each decides")
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="vllm: processes that share the model.")] = 1,
+    tensor_parallel: TensorParallel = 1,
     python: Annotated[
         str | None, typer.Option(help="vllm: Python of the environment that has it.", show_default="this one")
     ] = None,
@@ -98,12 +107,8 @@ def bench_command(
             show_default="compiled where there is a GPU",
         ),
     ] = None,
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="onnxruntime: let the CPU run what the provider cannot; reported.")
-    ] = False,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="tensorrt: decode in captured CUDA graphs.")
-    ] = True,
+    allow_fallback: AllowFallback = False,
+    cuda_graphs: CudaGraphs = True,
     seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     timeout: Annotated[float, typer.Option(help="Seconds that a runtime may take for one answer.")] = 1800.0,
     append: Annotated[bool, typer.Option("--append", help="Add a run to --out.")] = False,

@@ -16,11 +16,13 @@ from sparsify.errors import SparsifyError
 from sparsify.gate_command import gate_command
 from sparsify.inform import compiled_kernels, doctor_command, methods_command
 from sparsify.options import (
+    AllowFallback,
     Bos,
     Calibration,
     Changes,
     Compress,
     ComputeDtype,
+    CudaGraphs,
     Dense,
     Device,
     Engine,
@@ -32,6 +34,7 @@ from sparsify.options import (
     Group,
     Include,
     Json,
+    Kernel,
     Layout,
     Length,
     MethodName,
@@ -47,6 +50,7 @@ from sparsify.options import (
     RequireSparse,
     Seed,
     Target,
+    TensorParallel,
     Trust,
     TrustEngine,
     WindowCount,
@@ -290,11 +294,8 @@ def eval_command(
     dtype: Annotated[
         str | None, typer.Option(help="torch, vllm: of weights and arithmetic.", show_default="float32; vllm: bfloat16")
     ] = None,
-    kernel: Annotated[
-        str | None,
-        typer.Option(help="torch, vllm: auto, dense or a kernel that `sparsify doctor` lists.", show_default="auto"),
-    ] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="vllm: processes that share the model.")] = 1,
+    kernel: Kernel = None,
+    tensor_parallel: TensorParallel = 1,
     python: Annotated[
         str | None, typer.Option(help="vllm-server: Python of the environment with vLLM.", show_default="this one")
     ] = None,
@@ -307,12 +308,8 @@ def eval_command(
     threads: Annotated[
         int | None, typer.Option(help="onnxruntime: threads of one operator.", show_default="one for each core")
     ] = None,
-    allow_fallback: Annotated[
-        bool, typer.Option("--allow-fallback", help="onnxruntime: let the CPU run what the provider cannot; reported.")
-    ] = False,
-    cuda_graphs: Annotated[
-        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="tensorrt: decode in captured CUDA graphs.")
-    ] = True,
+    allow_fallback: AllowFallback = False,
+    cuda_graphs: CudaGraphs = True,
     weight_budget: Annotated[
         str | None,
         typer.Option(

@@ -129,6 +129,19 @@ EvalWindows = Annotated[
 EvalLength = Annotated[int | None, typer.Option(help="Tokens per evaluation window.", show_default="512")]
 EvalStride = Annotated[int | None, typer.Option(help="Tokens between window starts.", show_default="no overlap")]
 
+# How sessions are opened, by eval and bench.
+Kernel = Annotated[
+    str | None,
+    typer.Option(help="torch, vllm: auto, dense or a kernel that `sparsify doctor` lists.", show_default="auto"),
+]
+TensorParallel = Annotated[int, typer.Option(help="vllm: processes that share the model.")]
+AllowFallback = Annotated[
+    bool, typer.Option("--allow-fallback", help="onnxruntime: let the CPU run what the provider cannot; reported.")
+]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="tensorrt: decode in captured CUDA graphs.")
+]
+
 # Options of prune-and-export that are not part of how to prune, and their types in a recipe file.
 _RUN_KEYS: dict[str, type] = {
     "model": str,
