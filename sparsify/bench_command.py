@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -124,8 +125,11 @@ def bench_command(
     """
     if rounds < 1 or warm_up < 0:
         raise UsageError(f"--rounds {rounds} --warm-up {warm_up}: want at least 1 round and 0 calls before")
-    if timeout <= 0:
-        raise UsageError(f"--timeout {timeout:g}: want seconds above 0")
+    # NaN is neither above 0 nor below.
+    if not 0 < timeout < math.inf:
+        raise UsageError(f"--timeout {timeout:g}: want a number of seconds above 0")
+    if seed < 0:
+        raise UsageError(f"--seed {seed} is below 0")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads} is below 1")
     from sparsify.bench.host import gpu

@@ -115,6 +115,11 @@ def _points(device: Device, files: Sequence[Path], progress: Progress) -> list[P
 
         lines = read(files).lines
         points = from_records(lines, device)
+        if not all(point.own for point in points):
+            progress.notice(
+                f"--records: some are of a machine with {device.full_name} that has other cores, memory or ceilings "
+                "than this one; of those only ratios are taken, where there is nothing of this one"
+            )
         if not points:
             found = {f"{on}, {record['threads']} threads" if record["threads"] else on for record, on in kernels(lines)}
             asked = f"{device.full_name}, {device.threads} threads" if device.threads else device.full_name
@@ -203,6 +208,10 @@ def _phase(made: Plan, step: StepGain) -> str:
 
 
 def _step(step: StepGain, sources: _Sources) -> str:
+    from sparsify.roofline.prediction import TOO_SMALL
+
+    if step.too_small:
+        return TOO_SMALL
     marks = [sources.mark(basis) for basis in step.basis]
     return _gain(step.low, step.high, [mark for mark in marks if mark], roof_only=not any(marks))
 

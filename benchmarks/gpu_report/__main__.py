@@ -149,7 +149,8 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("no CUDA device: this needs an NVIDIA GPU and a CUDA build of torch; try --device cpu --tiny")
             return NOT_RUN
-    from gpu_report.report import Report, measure
+    from gpu_report.measuring import measure
+    from gpu_report.report import Report
 
     try:
         with Report(options) as report:

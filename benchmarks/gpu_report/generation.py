@@ -189,7 +189,7 @@ def measure_generation(report: Report, case: Generation, linears: Linears) -> No
 
 def engaged(name: str, case: Generation) -> str:
     """What runs: for many tokens this kernel writes the dense weight and has torch multiply by it."""
-    return f"{name}+dense" if name == TRITON.name and max(case.multiplied) > MAX_TOKENS else name
+    return TRITON.reported if name == TRITON.name and max(case.multiplied) > MAX_TOKENS else name
 
 
 Steps = tuple[Callable[[], Any], Callable[[], Any]]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sparsify.kernels.table import last_level_cache_bytes
 from sparsify.manifest import versions
 
 _PACKAGES = (
@@ -27,6 +28,7 @@ def environment(threads: int | None) -> dict[str, Any]:
     Args:
         threads: that the runtimes were told to use; None where each decides.
     """
+    cache = last_level_cache_bytes()
     return {
         "host": {
             "processor": _processor(),
@@ -37,6 +39,7 @@ def environment(threads: int | None) -> dict[str, Any]:
             "load_1m": load(),
             "threads": threads,
             "wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+            **({"last_level_cache_bytes": cache} if cache else {}),
         },
         "gpu": gpu(),
         "versions": environment_versions(),

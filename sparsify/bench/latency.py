@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsify.bench.spread import spread
@@ -28,21 +28,29 @@ def latency_record(
     traces = {each["trace_sha256"] for each in rounds}
     if len(traces) != 1:
         raise MeasurementError(f"{len(traces)} traces in one scenario, want one; measure again")
-    # Rows that come together are one sample, however many they are.
-    firsts = [value for each in rounds for value in dict.fromkeys(each["ttft_s"])]
-    gaps = [gap for each in rounds for row in dict.fromkeys(map(tuple, each["gaps_s"])) for gap in row]
     made = rounds[0]["tokens"]
     return {
         "trace_sha256": traces.pop(),
         "interleaved": True,
         "rounds": [{key: each[key] for key in _OF_ROUND} for each in rounds],
-        "statistics": {
-            "ttft_s": spread(firsts),
-            "tpot_s": spread(gaps) if gaps else None,
-            "total_s": spread([each["total_s"] for each in rounds]),
-            "tokens_per_s": spread([batch * new_tokens / each["total_s"] for each in rounds]),
-        },
+        "statistics": statistics(rounds, batch * new_tokens),
         "same_tokens": None if reference is None else [same(*rows) for rows in zip(made, reference, strict=True)],
+    }
+
+
+def statistics(rounds: Sequence[Mapping[str, Any]], n_tokens: int) -> dict[str, Any]:
+    """The ``statistics`` of a ``latency`` record: rows that come together are one sample, however many they are.
+
+    Args:
+        rounds: with ``ttft_s``, ``gaps_s`` and ``total_s``; at least one.
+        n_tokens: that all rows of a round make together.
+    """
+    gaps = [gap for each in rounds for row in dict.fromkeys(map(tuple, each["gaps_s"])) for gap in row]
+    return {
+        "ttft_s": spread([value for each in rounds for value in dict.fromkeys(each["ttft_s"])]),
+        "tpot_s": spread(gaps) if gaps else None,
+        "total_s": spread([each["total_s"] for each in rounds]),
+        "tokens_per_s": spread([n_tokens / each["total_s"] for each in rounds]),
     }
 
 

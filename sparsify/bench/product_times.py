@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from sparsify.bench.engaged import expands
 from sparsify.errors import UsageError
 from sparsify.format.packed import Packed, decode
 from sparsify.kernels import native, tuning_cpu, tuning_gpu
@@ -27,15 +28,13 @@ from sparsify.kernels.operators import define
 from sparsify.kernels.packed_reference import PACKED
 from sparsify.kernels.semi_structured import CUSPARSELT, CUSPARSELT_FP8, CUTLASS
 from sparsify.kernels.table import last_level_cache_bytes
-from sparsify.kernels.triton_config import MAX_TOKENS
-from sparsify.kernels.triton_decode import TRITON
-from sparsify.roofline import work
+from sparsify.roofline import bounds
 from sparsify.roofline.devices import Device
 
 DENSE, LOOP, CUBLASLT = "dense torch", "dense own loop", "dense cublaslt"
 _DENSE_WAYS = (DENSE, LOOP, CUBLASLT)
-# For more tokens than a decode's this kernel writes the dense weight and has torch multiply by it.
-EXPANDED = f"{TRITON.name}, expanded"
+# Of a kernel that for so many tokens writes the dense weight and has torch multiply by it.
+_EXPANDED = ", expanded"
 # The slow reference, which is measured where nothing else takes a weight, and a kernel that rounds to 8 bits, whose
 # rival would be a dense product in 8 bits.
 _LEFT_OUT = (PACKED.name, CUSPARSELT_FP8.name)
@@ -200,7 +199,7 @@ class Products:
         plan, kernel = self._auto.plan, self._auto.kernel
         if kernel is None or (plan and native.way_for(plan, tokens) == native.DENSE):
             return DENSE
-        return _key(kernel.name.removesuffix("+dense"), tokens)
+        return _key(kernel, tokens)
 
     def calls(self, x: torch.Tensor) -> dict[str, Callable[[int], torch.Tensor]]:
         """Each way to multiply ``x`` [tokens, in], as a function of the place of a copy."""
@@ -214,8 +213,9 @@ class Products:
         here = self.runs(len(x))
         for name, kernel in self._kernels.items():
             # Of the native one, the plan that is followed.
-            chosen = self._auto.kernel if here == name and self._auto.kernel else kernel
-            found[_key(name, len(x))] = partial(self._multiply, chosen, name, x)
+            auto = self._auto.kernel
+            chosen = auto if auto and auto.name == name and here != DENSE else kernel
+            found[_key(chosen, len(x))] = partial(self._multiply, chosen, name, x)
         return found
 
     def search(self, x: torch.Tensor, told: Callable[[str], None]) -> None:
@@ -225,7 +225,7 @@ class Products:
             try:
                 tuning_gpu.search_launch(kernel, State(form.copies[0], form.sizes), x)
             except Exception as error:  # Triton's own have no common class
-                told(_failure(_key(name, len(x)), x, error))
+                told(_failure(_key(kernel, len(x)), x, error))
 
     def _multiply(self, kernel: Kernel, name: str, x: torch.Tensor, i: int) -> torch.Tensor:
         form = self._forms[name]
@@ -237,22 +237,22 @@ class Products:
         if ceilings is None:
             return nothing
         dense = name in _DENSE_WAYS
-        storage = work.Storage(sparse_cores=name in (CUSPARSELT.name, CUTLASS.name))
-        n_bytes = self._forms[DENSE if dense else TRITON.name if name == EXPANDED else name].n_bytes
-        needed = work.linear_work(*self._packed.shape, tokens, _name(self._packed.dtype), storage, n_bytes)
+        storage = bounds.Storage(sparse_cores=name in (CUSPARSELT.name, CUTLASS.name))
+        n_bytes = self._forms[DENSE if dense else name.removesuffix(_EXPANDED)].n_bytes
+        needed = bounds.linear_work(*self._packed.shape, tokens, _name(self._packed.dtype), storage, n_bytes)
         if self._packed.values.dtype == torch.int8 and not dense and "int8" in ceilings.flops:
             # Some ways multiply bytes.
             needed = needed._replace(dtype="int8")
         try:
-            least = work.bound(needed, ceilings)
+            least = bounds.bound(needed, ceilings)
         except UsageError:  # no peak is known for the type
             return nothing
         return {"roof_us": 1e6 * least.seconds, "limited_by": least.limited_by}
 
 
-def _key(name: str, tokens: int) -> str:
+def _key(kernel: Kernel, tokens: int) -> str:
     """What a kernel's times go by."""
-    return EXPANDED if name == TRITON.name and tokens > MAX_TOKENS else name
+    return kernel.name + (_EXPANDED if expands(kernel.reported, tokens) else "")
 
 
 def _n_copies(sizes: Collection[int], device: torch.device, n_bytes: int) -> tuple[int, bool]:

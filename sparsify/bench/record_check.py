@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from math import fsum, isclose, isfinite, log
+from statistics import median
 from typing import Any
 
+from sparsify.bench.latency import statistics
 from sparsify.errors import DataError, MissingExtraError
 
 Record = dict[str, Any]
 FORMAT = 1
+# Of what records repeat in another form.
+_ROUNDING = 1e-6
 KINDS = ("run", "artifact", "latency", "memory", "perplexity", "task", "kernel", "missing", "end")
 
 
@@ -94,6 +99,10 @@ def _contradiction(record: Record) -> str:
         batch = record["scenario"]["batch"]
         if any(len(each[key]) != batch for each in record["rounds"] for key in ("ttft_s", "gaps_s")):
             return f"rounds: one has not the {batch} rows of its scenario"
+        found = statistics(record["rounds"], batch * record["scenario"]["new_tokens"])
+        for key, spread in found.items():
+            if not _alike(record["statistics"][key], spread):
+                return f"statistics.{key} is not that of rounds"
     if record["record"] == "perplexity":
         tokens = record["window_tokens"]
         if not len(record["window_nll"]) == len(tokens) == record["text"]["windows"]:
@@ -101,21 +110,33 @@ def _contradiction(record: Record) -> str:
         if sum(tokens) != record["n_tokens"]:
             return "n_tokens is not the sum of window_tokens"
         mean = sum(nll * n for nll, n in zip(record["window_nll"], tokens, strict=True)) / record["n_tokens"]
-        if not isclose(mean, record["nll_mean"], rel_tol=1e-6, abs_tol=1e-9):
+        if not isclose(mean, record["nll_mean"], rel_tol=_ROUNDING, abs_tol=1e-9):
             return "nll_mean is not the mean of window_nll"
         # The logarithm, since exp may be no number.
-        if not isclose(log(max(record["perplexity"], 1e-300)), mean, rel_tol=1e-6, abs_tol=1e-6):
+        if not isclose(log(max(record["perplexity"], 1e-300)), mean, rel_tol=_ROUNDING, abs_tol=1e-6):
             return "perplexity is not exp of nll_mean"
     if record["record"] == "task" and record["samples"] is not None:
         if len(record["samples"]) != record["n"]:
             return "samples are not n"
-        if not isclose(fsum(record["samples"]) / record["n"], record["value"], rel_tol=1e-6, abs_tol=1e-9):
+        if not isclose(fsum(record["samples"]) / record["n"], record["value"], rel_tol=_ROUNDING, abs_tol=1e-9):
             return "value is not the mean of samples"
     if record["record"] == "kernel":
         for key in ("best_dense", "auto"):
             if record[key] is not None and record[key] not in record["kernels"]:
                 return f"{key} is none of kernels"
+        for name, times in record["kernels"].items():
+            if not isclose(times["median_us"], median(times["samples_us"]), rel_tol=_ROUNDING):
+                return f"kernels.{name}.median_us is not the median of samples_us"
     return ""
+
+
+def _alike(stated: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> bool:
+    """Whether a ``spread`` is that of the samples. Percentiles are not compared: there are several ways to take one."""
+    if stated is None or found is None:
+        return stated is found
+    return stated["n"] == found["n"] and all(
+        isclose(stated[key], found[key], rel_tol=_ROUNDING) for key in ("median", "min", "max")
+    )
 
 
 @cache

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparsify.bench.engaged import runs_sparse
+from sparsify.bench.engaged import reads_packed
 from sparsify.bench.request import Request, Scenario
 from sparsify.bench.subjects import Subject
 from sparsify.errors import ModelError, SparsifyError, UsageError
+from sparsify.roofline.bounds import DENSE, Storage, storage_of
 from sparsify.roofline.devices import Device
-from sparsify.roofline.work import DENSE, ModelWork, Storage, step_roof, storage_of
+from sparsify.roofline.work import ModelWork, step_roof
 from sparsify.types import LinearSpec, parse_pattern
 
 # Precision of a graph -> type of weights and arithmetic, where both are the same.
@@ -33,21 +34,24 @@ class Roofs:
         return [] if self._device is None else [self._device.to_record()]
 
     def step(
-        self, subject: Subject, opened: dict[str, Any], scenario: Scenario, request: Request
+        self, subject: Subject, opened: dict[str, Any], scenario: Scenario, request: Request, runtime: str
     ) -> dict[str, Any] | None:
         """The ``roof`` of a ``latency`` record.
 
         None where arithmetic or model is not one of those that are understood, or runs on another device than the one
-        that was measured.
+        that was measured, or on several: what they reach together was not measured.
 
         Args:
             subject: the artifact.
             opened: what its worker said: device, and the kernel of each linear, for only a sparse one reads weights
                 without their zeros.
             scenario: what runs.
-            request: options of the runtime.
+            request: options of the runtimes.
+            runtime: the one that it runs in.
         """
         if self._device is None or self._device.kind != opened["device"]:
+            return None
+        if request.options(runtime).tensor_parallel > 1:
             return None
         dtype = request.dtype
         if subject.kind in ("onnx", "tensorrt"):
@@ -76,13 +80,13 @@ def _work(subject: Subject, dtype: str, engaged: Mapping[str, str], request: Req
     except SparsifyError:
         return None
     # Linears that a runtime fuses go by another name there: the roof is one for the best that can have run.
-    any_sparse = any(map(runs_sparse, engaged.values()))
+    any_sparse = any(map(reads_packed, engaged.values()))
     rows: Sequence[dict[str, Any]] = (subject.body or {}).get("linears", ())
     patterns = {
         row["name"]: pattern
         for row in rows
         if (pattern := parse_pattern(row["pattern"])).sparsity > 0
-        and (runs_sparse(engaged[row["name"]]) if row["name"] in engaged else any_sparse)
+        and (reads_packed(engaged[row["name"]]) if row["name"] in engaged else any_sparse)
     }
 
     def storage(spec: LinearSpec) -> Storage:

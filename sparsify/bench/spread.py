@@ -1,8 +1,11 @@
 """How samples spread, and when a difference may be claimed: pure functions of numbers.
 
 A difference is claimed by paired ratios, one for each round: the interval of their median by the sign test (an order
-statistic on either side, distribution-free) must not meet the interval of the baseline against itself, measured twice
-in the same rounds.
+statistic on either side, distribution-free) must not meet what the baseline differs by from itself. The baseline is two
+processes, and a candidate has to differ from both: processes with the same model differ for as long as they live, and
+no number of rounds shows by how much. What two processes differ by is one draw of that, so that a third one of the same
+model differs by more now and then: where rounds hardly differ and processes do, it is beyond both, by more than they
+are apart, in one case of three, half of them to either side (tests/test_spread.py).
 """
 
 from __future__ import annotations
@@ -65,10 +68,10 @@ class Comparison:
     """A candidate against its baseline: ratios above 1 mean that the candidate is better.
 
     Attributes:
-        ratio: median of the paired ratios.
-        low, high: interval of that median; None with too few rounds.
-        noise_low, noise_high: the same of the baseline against itself.
-        n: rounds.
+        ratio: median of the paired ratios; against the process of the baseline over which it is smaller.
+        low, high: hull of the intervals of the medians against either process; None with too few rounds.
+        noise_low, noise_high: what the baseline's processes differ by, in either direction.
+        n: rounds; the fewer of both pairings.
         claim: what may be said.
     """
 
@@ -85,27 +88,30 @@ class Comparison:
         return asdict(self)
 
 
-def compare(ratios: Sequence[float], noise: Sequence[float]) -> Comparison:
-    """What paired ``ratios`` (baseline time / candidate time, or candidate rate / baseline rate) may claim.
+def compare(first: Sequence[float], second: Sequence[float], noise: Sequence[float]) -> Comparison:
+    """What paired ratios (baseline time / candidate time, or candidate rate / baseline rate) may claim.
 
     Args:
-        ratios: one for each round.
-        noise: of the baseline's second run to its first, one for each round; their order means nothing, so the
-            interval is made symmetric about 1 in ratio.
+        first: to the baseline's first process, one for each round.
+        second: to its second process; empty where there was none, and then nothing is claimed.
+        noise: of one of these processes to the other, one for each round. Which is which means nothing: what they
+            differ by in one direction, others may in the other.
 
     Raises:
-        ValueError: no ratios, or one that is not positive.
+        ValueError: no ratios to the first, or one that is not positive.
     """
-    if not ratios or min(ratios) <= 0 or (noise and min(noise) <= 0):
+    each = [ratios for ratios in (first, second) if ratios]
+    if not first or min(map(min, (*each, noise or [1.0]))) <= 0:
         raise ValueError("ratios must be positive, and at least one is needed")
-    middle, inner = statistics.median(ratios), median_interval(ratios)
-    outer = median_interval(noise)
-    if inner is None or outer is None:
-        return Comparison(middle, None, None, None, None, len(ratios), "too few rounds")
+    middle, n = min(map(statistics.median, each)), min(map(len, each))
+    one, other, outer = map(median_interval, (first, second, noise))
+    if one is None or other is None or outer is None:
+        return Comparison(middle, None, None, None, None, n, "too few rounds")
+    low, high = min(one[0], other[0]), max(one[1], other[1])
     reach = max(outer[1], 1 / outer[0], 1.0)
     claim: Claim = "no difference shown"
-    if inner[0] > reach:
+    if low > reach:
         claim = "faster"
-    elif inner[1] < 1 / reach:
+    elif high < 1 / reach:
         claim = "slower"
-    return Comparison(middle, *inner, 1 / reach, reach, len(ratios), claim)
+    return Comparison(middle, low, high, 1 / reach, reach, n, claim)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify import manifest
+from sparsify.checkpoint import read_config
 from sparsify.errors import ModelError, UsageError, VerificationError
 from sparsify.files import folder_bytes, sha256_file
 from sparsify.progress import Progress, Silent
@@ -28,6 +29,13 @@ RUNTIMES_OF = {
 }
 _WEIGHTS = ("*.safetensors", "*.onnx", "*.data", "*.engine")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt")
+# What tells models apart whose tokenizer is one, by the names that configs have for it.
+_SIZES = {
+    "model_type": ("model_type",),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "vocab_size": ("vocab_size",),
+}
 
 
 @dataclass(frozen=True)
@@ -164,15 +172,20 @@ def _labels(paths: Sequence[str]) -> list[str]:
     return labels
 
 
-def check_baseline(candidate: Subject, baseline: Subject) -> None:
-    """Refuse a baseline that is not of the candidate's model.
+def check_baseline(candidate: Subject, baseline: Subject) -> list[str]:
+    """Refuse a baseline that is not of the candidate's model; returns why it may be another all the same.
+
+    Shards tell it for sure: those that a manifest names as the candidate's source, or both models' own. Where they do
+    not, the sizes in both configs have to be equal.
 
     Raises:
-        UsageError: other source shards, another tokenizer, or one that was pruned itself.
+        UsageError: other source shards, another type or size of model, another tokenizer, or one that was pruned
+            itself.
+        ModelError: a config.json that is there cannot be read.
     """
     if baseline.sparse:
         raise UsageError(f"--baseline {baseline.path}: was pruned itself; give the dense model")
-    if candidate.body is not None and candidate.source and candidate.source != baseline.source:
+    if candidate.body is not None and candidate.source and baseline.source and candidate.source != baseline.source:
         raise UsageError(
             f"--baseline {baseline.path}: is another model: its shards are not those of source.files in "
             f"{candidate.folder / manifest.NAME}; give {candidate.body['source']['name']}"
@@ -184,3 +197,29 @@ def check_baseline(candidate: Subject, baseline: Subject) -> None:
             f"--baseline {baseline.path}: its tokenizer is another than that of {candidate.path}, so the same text "
             "would be other tokens; give the model it was pruned from"
         )
+    mine, dense = _sizes(candidate.folder), _sizes(baseline.folder)
+    common = mine.keys() & dense.keys()
+    for key in _SIZES:
+        if key in common and mine[key] != dense[key]:
+            raise UsageError(
+                f"--baseline {baseline.path}: is another model: key {key} in its config.json is {dense[key]!s:.40}, in "
+                f"that of {candidate.path} {mine[key]!s:.40}; give the model it was made from"
+            )
+    doubts = []
+    if not candidate.source or candidate.source != baseline.source:
+        alike = f"they are alike in {', '.join(key for key in _SIZES if key in common)}" if common else "nor do configs"
+        doubts.append(f"no manifest names its shards as what it was made from; {alike}")
+    if not both and (candidate.tokenizer or baseline.tokenizer):
+        doubts.append("they have no tokenizer file in common, so the same ids may be other text")
+    return doubts
+
+
+def _sizes(folder: Path) -> dict[str, Any]:
+    """What of ``_SIZES`` the config in ``folder`` says, of the language model in it; nothing where there is none."""
+    if not (folder / "config.json").is_file():
+        return {}
+    config = read_config(folder)
+    inner = config.get("text_config")
+    config = {**config, **inner} if isinstance(inner, dict) else config
+    found = {key: next((config[name] for name in names if name in config), None) for key, names in _SIZES.items()}
+    return {key: value for key, value in found.items() if value is not None}

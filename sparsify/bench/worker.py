@@ -1,19 +1,12 @@
 """A process that holds one artifact in one runtime and answers requests: ``python -m sparsify.bench.worker FD``.
 
-Each line of standard input is a request; each answer is a line on descriptor FD. What the runtime prints goes where
-standard output and error go. A process of its own for each: nothing leaks from one runtime into the next, and one that
-dies takes nothing with it.
+A process of its own for each: nothing leaks from one runtime into the next, and one that dies takes nothing with it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from sparsify.bench.host import environment_versions
-from sparsify.errors import NumericsError, SparsifyError, UsageError
+from sparsify.errors import NumericsError, SparsifyError
+from sparsify.workers import serve
 
 
 class Worker:
@@ -134,36 +128,10 @@ def _device(name: str) -> str:
     return "cuda" if any(word in found for word in ("cuda", "tensorrt", "gpu")) else "cpu"
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed tells nobody, and a worker that is busy does not look (Linux: PR_SET_PDEATHSIG)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def main() -> None:
     """Answer requests until standard input ends."""
-    _end_with_parent()
-    answers = int(sys.argv[1])
-    os.set_inheritable(answers, False)
-
-    def say(**what: Any) -> None:
-        data = memoryview(json.dumps(what).encode() + b"\n")
-        while data:
-            data = data[os.write(answers, data) :]
-
     with ExitStack() as stack:
-        worker = Worker(stack)
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                handle = worker.requests.get(request.pop("do"))
-                if handle is None:
-                    raise UsageError(f"request {line[:80]!r} is unknown")
-                for found in handle(**request):
-                    say(found=found)
-                say(done=True)
-            except SparsifyError as error:
-                say(error=" ".join(str(error).split()), kind=type(error).__name__)
+        serve(lambda _say: Worker(stack).requests)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """For reports: the kernel's name, with ``+dense`` where it keeps the dense weight too, or ``dense``."""
-        return self.kernel.name if self.kernel else DENSE
+        """For reports: the kernel's name, with the numbers of tokens that it multiplies densely, or ``dense``."""
+        return self.kernel.reported if self.kernel else DENSE
 
 
 def check_request(requested: str, device: torch.device) -> None:

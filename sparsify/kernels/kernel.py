@@ -36,13 +36,14 @@ class Kernel:
     """A row of the table.
 
     Attributes:
-        name: as in options, logs and reports.
+        name: as in options.
         summary: one line for help texts.
         absent: device -> why the kernel cannot run there, None if it can.
         refuse: weight -> why the kernel cannot take it, None if it can.
         prepare: weight -> State, on the weight's device.
         linear: (x [..., in], tensors, sizes, bias [out] or None) -> [..., out] in the dtype of x, contiguous. Safe
             under torch.compile: what it runs is one operator with a fake implementation.
+        densely: for which numbers of tokens it multiplies by zeros too, as ``+expanded:513-``; empty: for none.
     """
 
     name: str
@@ -51,6 +52,12 @@ class Kernel:
     refuse: Callable[[Packed], str | None]
     prepare: Callable[[Packed], State]
     linear: Linear
+    densely: str = ""
+
+    @property
+    def reported(self) -> str:
+        """What logs and reports say that runs, as ``sparsify.bench.engaged`` reads it."""
+        return self.name + self.densely
 
 
 def check_columns(x: torch.Tensor, n_in: int) -> None:

@@ -99,6 +99,17 @@ def parse_plan(plan: str) -> tuple[tuple[int | None, str], ...]:
     return tuple(steps)
 
 
+@functools.cache
+def tokens_of(plan: str, way: str) -> str:
+    """Numbers of tokens that ``plan`` multiplies by ``way``, as in ``2-32,513-``; empty: none."""
+    ranges, first = [], 1
+    for most, each in parse_plan(plan):
+        if each == way:
+            ranges.append(f"{first}-{'' if most is None else most}")
+        first = (most or 0) + 1
+    return ",".join(ranges)
+
+
 @functools.lru_cache(maxsize=1024)
 def way_for(plan: str, tokens: int) -> str:
     """The way that ``plan`` takes for that many tokens."""
@@ -237,7 +248,7 @@ def prepare_with(packed: Packed, plan: str) -> State:
         tensors["scale"] = packed.scale.contiguous()
     if packed.perm is not None:
         tensors["perm"] = packed.perm
-    if any(way == DENSE for _, way in parse_plan(plan)):
+    if tokens_of(plan, DENSE):
         # In the stored order, as x comes.
         tensors["dense"] = decode(replace(packed, perm=None))
     return State(tensors, {"n_out": n_out, "n_in": n_in, "n": n, "m": m})
@@ -245,17 +256,21 @@ def prepare_with(packed: Packed, plan: str) -> State:
 
 @functools.cache
 def native(plan: str) -> Kernel:
-    """The kernel that follows ``plan``; its name is ``native``, or ``native+dense`` where it keeps the dense weight.
+    """The kernel that follows ``plan``.
+
+    It is reported as ``native+dense:513-`` where it multiplies with the dense weight from 513 tokens on, and as
+    ``native+expanded:513-`` where it makes a dense weight of the packed one for so many.
 
     Raises:
         UsageError: the plan is malformed.
     """
-    dense = any(way == DENSE for _, way in parse_plan(plan))
+    kinds = {"dense": tokens_of(plan, DENSE), "expanded": tokens_of(plan, SLICES)}
     return Kernel(
-        "native+dense" if dense else "native",
+        "native",
         "any pattern, bfloat16, float32 and int8, on CPUs with AVX-512: reads packed weights at the memory's speed",
         absent=_absent,
         refuse=_refuse,
         prepare=partial(prepare_with, plan=plan),
         linear=partial(linear, plan=plan),
+        densely="".join(f"+{kind}:{tokens}" for kind, tokens in kinds.items() if tokens),
     )

@@ -276,4 +276,5 @@ TRITON = Kernel(
     refuse=_refuse,
     prepare=_prepare,
     linear=partial(linear, plan=_PLAN),
+    densely=f"+expanded:{MAX_TOKENS + 1}-",
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparsify.bench.records import Record, Records
 from sparsify.report import wording
-from sparsify.report.pairs import Difference, counterpart, difference
+from sparsify.report.pairs import Difference, asked_sparse, counterpart, difference
 
 
 def perplexities(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def _head(records: Records, record: Record, numbers: dict[str, int]) -> dict[str
         "run": numbers[record["run"]],
         **{key: record[key] for key in ("artifact", "runtime", "session")},
         "role": made["role"],
-        "status": wording.status(record["engaged"], made["pattern"] is not None, made["linears"]),
+        "status": wording.status(record["engaged"], asked_sparse(records, record), made["linears"]),
     }
 
 

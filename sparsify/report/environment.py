@@ -18,6 +18,7 @@ def facts(run: dict[str, Any]) -> dict[str, str]:
         "command": " ".join(run["command"]),
         "rounds": f"{run['rounds']} after {run['warm_up']} to warm up, seed {run['seed']}",
         "processor": f"{host['processor']}, {host['cores']} cores",
+        "last-level cache": size(host["last_level_cache_bytes"]) if "last_level_cache_bytes" in host else "unknown",
         "memory": size(host["memory_bytes"]),
         "system": host["system"],
         "threads": _or_unknown(host["threads"]),

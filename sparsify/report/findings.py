@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from sparsify.bench.engaged import runs_sparse
+from sparsify.bench.engaged import ran_sparse, runs_sparse
 from sparsify.bench.perplexity import ratio
 from sparsify.bench.records import Record
 from sparsify.bench.spread import CONFIDENCE
@@ -22,8 +22,8 @@ from sparsify.report.pairs import (
     counterpart,
     difference,
     pairs,
-    ran_sparse,
     scenario_name,
+    tokens_at_once,
     why_not,
 )
 from sparsify.report.rules import Kind, Rule
@@ -50,12 +50,15 @@ def _speedup(asked: Asked, rule: Rule, pair: Pair, name: str) -> Finding:
     if found.low is not None and found.high is not None:
         shown += f" ({found.low:.3f} to {found.high:.3f}, n={found.n})"
     if asked.selection.claim and rule.limit > 1:
-        sparse = any(map(runs_sparse, pair.candidate["engaged"].values()))
+        tokens = tokens_at_once(pair.scenario, rule.measure)
+        sparse = any(runs_sparse(kernel, tokens) for kernel in pair.candidate["engaged"].values())
+        asked_sparse = pair.candidate["asked_sparse"]
         if found.claim != "faster":
             why = f"not shown ({found.claim})"
-        elif pair.candidate["asked_sparse"] and not sparse:
+        elif (asked_sparse or asked.described[pair.run, pair.candidate["artifact"]]["linears"]) and not sparse:
             # As in the report: what is faster without them is not faster because of its zeros.
-            why = "not shown (no sparse kernel is known to have run)"
+            ran = "no sparse kernel is known to have run" if asked_sparse else "ran dense, as asked"
+            why = f"not shown ({ran})"
     if asked.selection.confident and found.low is None:
         why = why or "too few rounds for an interval"
     return asked.finding(rule, pair.candidate, found.ratio, found.low, shown, at_least=True, why=why, scenario=name)
@@ -163,25 +166,33 @@ def _sparse_linears(asked: Asked, rule: Rule) -> Iterator[Finding]:
     rest = (each for each in filter(asked.selects, others) if _where(each) not in done)
     for record in _distinct([*timed, *rest]):
         pruned = asked.described[record["run"], record["artifact"]]["linears"]
-        n_sparse, n_known = ran_sparse(record["engaged"], pruned)
+        n_sparse, n_known = ran_sparse(record["engaged"], pruned, _tokens(record))
+        name = scenario_name(record["scenario"]) if record["record"] == "latency" else ""
         if not pruned:
-            yield asked.unmet(rule, record, "nothing in it was pruned")
+            yield asked.unmet(rule, record, "nothing in it was pruned", scenario=name)
         elif n_known < pruned:
-            yield asked.unmet(rule, record, f"unknown: of {n_known} of its {pruned} pruned linears is known what ran")
+            why = f"unknown: of {n_known} of its {pruned} pruned linears is known what ran"
+            yield asked.unmet(rule, record, why, scenario=name)
         else:
             value = n_sparse / pruned
-            yield asked.finding(rule, record, value, value, f"{value * 100:.4g}%", at_least=True)
+            shown = f"{value * 100:.4g}%"
+            yield asked.finding(rule, record, value, value, shown, at_least=True, scenario=name)
 
 
 def _where(record: Record) -> tuple[str, str, str]:
     return record["run"], record["artifact"], record["runtime"]
 
 
+def _tokens(record: Record) -> int | None:
+    """That a linear multiplied at a time in what a record is judged by; None where it is of no scenario."""
+    return tokens_at_once(record["scenario"]) if record["record"] == "latency" else None
+
+
 def _distinct(records: Iterable[Record]) -> list[Record]:
-    """One record for each thing that ran: a grid of scenarios says it many times over."""
+    """One record for each thing that ran with so many tokens at a time: a grid of scenarios says it many times over."""
     found: dict[tuple[Any, ...], Record] = {}
     for each in records:
-        found.setdefault((*_where(each), *sorted(each["engaged"].items())), each)
+        found.setdefault((*_where(each), _tokens(each), *sorted(each["engaged"].items())), each)
     return list(found.values())
 
 

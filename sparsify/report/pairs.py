@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from sparsify.bench.engaged import runs_sparse
 from sparsify.bench.perplexity import paired_increase, ratio
 from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import Comparison, compare
@@ -140,7 +139,7 @@ def samples(latency: Record, measure: Measure, *, again: bool = False) -> dict[i
 
 
 def comparison(pair: Pair, measure: Measure) -> Comparison | None:
-    """How much better the candidate is in ``measure``, round by round, against its baseline's noise.
+    """How much better the candidate is in ``measure``, round by round, than either process of its baseline.
 
     Ratios above 1 mean that the candidate is better. What was not measured in turn with its baseline may differ by
     what else the machine did in between: it is compared, and claims nothing.
@@ -150,11 +149,13 @@ def comparison(pair: Pair, measure: Measure) -> Comparison | None:
     """
     base, other = samples(pair.baseline, measure), samples(pair.candidate, measure)
     repeated = samples(pair.baseline, measure, again=True)
-    ratios = [_better(base[i], other[i], measure) for i in sorted(base.keys() & other.keys())]
-    noise = [_better(base[i], repeated[i], measure) for i in sorted(base.keys() & repeated.keys())]
-    if not ratios:
+    first, second, noise = (
+        [_better(one[i], two[i], measure) for i in sorted(one.keys() & two.keys())]
+        for one, two in ((base, other), (repeated, other), (base, repeated))
+    )
+    if not first:
         return None
-    found = compare(ratios, noise)
+    found = compare(first, second, noise)
     in_turn = pair.candidate["interleaved"] and pair.baseline["interleaved"]
     return found if in_turn else replace(found, claim="not in turn")
 
@@ -169,31 +170,17 @@ def scenario_name(scenario: dict[str, Any]) -> str:
     return f"{scenario['prompt_tokens']}+{scenario['new_tokens']}{by}{scenario['batch']}"
 
 
-# Linears that a runtime holds as one -> how many of the checkpoint's they are.
-_FUSED = {"qkv_proj": 3, "gate_up_proj": 2, "fused_qkv_a_proj": 2}
-# Never pruned, so that they say nothing about what was.
-_ENDS = ("lm_head", "embed_out", "embed_tokens", "wte")
+def tokens_at_once(scenario: dict[str, Any], measure: Measure | None = None) -> int:
+    """How many tokens a linear multiplies in what decides a measure.
 
-
-def ran_sparse(engaged: dict[str, str], pruned: int) -> tuple[int, int]:
-    """How many of ``pruned`` linears ran sparse, and of how many it is known what ran: neither is above ``pruned``.
+    Those of the prompt for the time to the first token, and where there is no other one; else those of a step.
 
     Args:
-        engaged: linear -> kernel. Names of fused linears count as those that they are made of, unless there are as many
-            names as linears were pruned; the head and embeddings do not count.
-        pruned: linears of the artifact that were pruned.
+        scenario: see ``Pair``.
+        measure: None: the one that a runtime is judged by.
     """
-    named = [(name.rsplit(".", 1)[-1], kernel) for name, kernel in engaged.items()]
-    inner = [(name, kernel) for name, kernel in named if name not in _ENDS]
-    fused = _FUSED if len(inner) < pruned else {}
-    sparse = sum(fused.get(name, 1) for name, kernel in inner if runs_sparse(kernel))
-    known = sum(fused.get(name, 1) for name, kernel in inner if "unknown" not in _parts(kernel))
-    return min(sparse, pruned), min(known, pruned)
-
-
-def _parts(kernel: str) -> list[str]:
-    """What ranks ran, without the reasons that stand behind."""
-    return [part.split(" ", 1)[0] for part in kernel.split("+")]
+    prompt = measure == "ttft" or scenario["new_tokens"] == 1
+    return int(scenario["batch"] * (scenario["prompt_tokens"] if prompt else 1))
 
 
 def baseline_of(records: Records, record: Record) -> str | None:
@@ -217,6 +204,20 @@ def baseline_of(records: Records, record: Record) -> str | None:
         if each["artifact"] in dense and each.get("runtime") == runtime
     }
     return str(measured.pop()) if len(measured) == 1 else None
+
+
+def asked_sparse(records: Records, record: Record) -> bool:
+    """Whether the session that a record is of was to run sparse.
+
+    Latency records of the same artifact and runtime say so; without any, what was pruned was.
+    """
+    run, label = record["run"], record["artifact"]
+    timed = [
+        each for each in records.of("latency", run) if (each["artifact"], each["runtime"]) == (label, record["runtime"])
+    ]
+    if timed:
+        return any(each["asked_sparse"] for each in timed)
+    return any(each["pattern"] is not None for each in records.of("artifact", run) if each["artifact"] == label)
 
 
 def counterpart(records: Records, record: Record, *same: str) -> Record | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparsify.bench.records import Record, Records
 from sparsify.report import wording
-from sparsify.report.pairs import baseline_of, counterpart
+from sparsify.report.pairs import asked_sparse, baseline_of, counterpart
 
 STORED = ("weight_bytes", "file_bytes")
 HELD = ("loaded_resident_bytes", "peak_resident_bytes", "weights_resident_bytes", "device_peak_bytes")
@@ -40,7 +40,7 @@ def memory(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
             {
                 "run": numbers[record["run"]],
                 **{key: record[key] for key in ("artifact", "runtime", "session", "processes", *HELD)},
-                "status": wording.status(record["engaged"], made["pattern"] is not None, made["linears"]),
+                "status": wording.status(record["engaged"], asked_sparse(records, record), made["linears"]),
                 "to_baseline": _ratios(record, counterpart(records, record), HELD, records),
                 "from": [records.source(record)],
             }

@@ -8,7 +8,7 @@ from typing import Any
 from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import Comparison, median_interval
 from sparsify.bench.spread import spread as spread_of
-from sparsify.report import wording
+from sparsify.report import unexplained, wording
 from sparsify.report.pairs import MEASURES, Measure, Pair, comparison, pairs, samples, why_not
 
 # Measure -> its key among a record's statistics, and in its roof.
@@ -40,7 +40,10 @@ def rows(records: Records, numbers: dict[str, int]) -> list[dict[str, Any]]:
                 "rounds": len(record["rounds"]),
                 **{key: record[key] for key in ("interleaved", "trace_sha256", "asked_sparse", "same_tokens")},
                 "status": wording.status(
-                    record["engaged"], record["asked_sparse"], linears[record["run"], record["artifact"]]
+                    record["engaged"],
+                    record["asked_sparse"],
+                    linears[record["run"], record["artifact"]],
+                    record["scenario"],
                 ),
                 "measures": {measure: _measure(record, measure, pair, why, records) for measure in MEASURES},
                 "from": [records.source(record)],
@@ -53,6 +56,8 @@ def _measure(record: Record, measure: Measure, pair: Pair | None, why: str | Non
     """Statistics with the roof beside them, and the comparison or why there is none."""
     spread = _statistics(record)[STATISTICS[measure]]
     compared = comparison(pair, measure) if pair else None
+    roofs = _roof_ratio(pair, measure) if pair else None
+    more = pair and compared and roofs and unexplained.gain(records, pair, measure, compared, roofs)
     if pair and compared is None:
         why = "nothing to time: one new token, or a time below the clock's resolution"
     elif pair and compared:
@@ -63,7 +68,8 @@ def _measure(record: Record, measure: Measure, pair: Pair | None, why: str | Non
         "by_round": _by_round(record, measure),
         "roof": _roof(record, measure, spread),
         "comparison": compared.to_dict() if compared else None,
-        "roof_ratio": _roof_ratio(pair, measure) if pair else None,
+        "roof_ratio": roofs,
+        "unexplained": more or None,
         "why_no_claim": why,
         "from": [records.source(record), *([records.source(pair.baseline)] if pair else [])],
     }

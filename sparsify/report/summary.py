@@ -78,23 +78,32 @@ def _warnings(found: dict[str, Any]) -> list[dict[str, Any]]:
         if not run["finished"]
     ]
     several = len(found["runs"]) > 1
-    rows: dict[tuple[int, str, str, str], list[dict[str, Any]]] = {}
-    for row in (*found["latency"], *found["memory"], *found["accuracy"]["perplexity"], *found["accuracy"]["tasks"]):
-        if row["status"]["state"] in ("DENSE", "unknown", "unasked"):
-            rows.setdefault((row["run"], row["artifact"], row["runtime"], row["status"]["text"]), []).append(row)
-    warnings += [
-        {
-            "text": f"{artifact} in {runtime}{_of_run(run, several)}: {text}.",
-            "from": [source for row in each for source in row["from"]],
-        }
-        for (run, artifact, runtime, text), each in rows.items()
-    ]
+    warnings += _what_ran(found, several)
     for run in found["runs"]:
         warnings += _other_work(found, run, _of_run(run["number"], several))
     warnings += [
         {"text": f"Failed{_of_run(entry['run'], several)}: {_about(entry)}: {entry['why']}", "from": entry["from"]}
         for entry in found["failed"]
     ]
+    return warnings
+
+
+def _what_ran(found: dict[str, Any], several: bool) -> list[dict[str, Any]]:
+    """What ran otherwise than asked; in which scenarios, where it did not in all that was measured."""
+    every = (*found["latency"], *found["memory"], *found["accuracy"]["perplexity"], *found["accuracy"]["tasks"])
+    rows: dict[tuple[int, str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in every:
+        texts = rows.setdefault((row["run"], row["artifact"], row["runtime"]), {})
+        texts.setdefault(row["status"]["text"], []).append(row)
+    warnings = []
+    for (run, artifact, runtime), texts in rows.items():
+        for text, each in texts.items():
+            if each[0]["status"]["state"] not in ("DENSE", "unknown", "unasked"):
+                continue
+            where = f"{artifact} in {runtime}{_of_run(run, several)}"
+            timed = [scenario(row["scenario"]) for row in each if "scenario" in row] if len(texts) > 1 else []
+            where += f" at {'; '.join(timed)}" if timed else ""
+            warnings.append({"text": f"{where}: {text}.", "from": [source for row in each for source in row["from"]]})
     return warnings
 
 

@@ -19,7 +19,8 @@ _BRIEF = {"unknown": "UNKNOWN", "unasked": "SPARSE"}
 _NAMES: dict[Measure, str] = {
     "ttft": "First token", "tpot": "Per token", "total": "End to end", "throughput": "Tokens/s"
 }  # fmt: skip
-_PAIRED = "They are paired by round, not quotients of the medians."
+_PAIRED = "They are paired by round, not quotients of the medians, and against the faster of dense's two processes."
+_THESE = "An interval is of these processes: new ones may differ by more, which a second run shows (bench --append)."
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
@@ -59,7 +60,7 @@ def overview(summary: dict[str, Any]) -> Table:
     """One row for each artifact and runtime, judged by the runtime's first scenario."""
     rows = _overview_rows(summary)
     judged = list(dict.fromkeys(row["judged"][0] for row in rows if row["judged"]))
-    caption = "Ratios above 1x are better than dense, with their 95 % interval. " + _PAIRED
+    caption = f"Ratios above 1x are better than dense, with their 95 % interval. {_PAIRED} {_THESE}"
     if len(judged) == 1:
         caption += f" Times at {judged[0]}."
     head = ("Artifact", "Runtime", "What ran", "Time to a token", "End to end", "Perplexity", "Weights", "Peak memory")
@@ -137,7 +138,7 @@ def _speed(summary: dict[str, Any]) -> Table:
     caption = (
         "Median, then percentiles where there are samples enough, least and largest, and n samples; then the median "
         "of the ratios to dense in n rounds with its 95 % interval, the noise (dense against itself), and what part of "
-        f"the roof was reached. {_PAIRED}"
+        f"the roof was reached. {_PAIRED} {_THESE}"
     )
     head = ("Artifact", "Runtime", "Scenario", "What ran", *(_NAMES[measure] for measure in MEASURES))
     return table(summary, ("speed", "Latency and throughput", caption), head, summary["latency"], cells)
@@ -154,7 +155,7 @@ def _timed(values: dict[str, Any]) -> Cell:
     lines += [Line(", ".join(percentiles), "quiet")] if percentiles else []
     lines += [Line(f"{show(found['min'])} to {show(found['max'])}", "quiet"), Line(f"n = {found['n']}", "quiet")]
     lines += [*_claim(values), *_noise(values)]
-    lines += [Line(wording.WEAK_DENSE, "quiet")] if wording.exceeds_roofs(values) else []
+    lines += [Line(values["unexplained"], "quiet")] if values["unexplained"] else []
     roof = values["roof"]
     if roof:
         lines.append(Line(f"{wording.share(roof['fraction'])} of {roof['limit']} roof", "quiet"))

@@ -1,7 +1,7 @@
 """The report in one sentence, and one for each candidate: from the summary's rows, with its claims and no others.
 
 A runtime is judged by its first scenario, the one that was asked for first, so that nobody picks the best; how many of
-its scenarios agree is said beside it.
+its scenarios agree is said beside it. Where several runs have measured the same, only what all of them claim is a gain.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def _parts(summary: dict[str, Any], made: Row) -> list[dict[str, Any]]:
         values, state = row["measures"][measure], row["status"]["state"]
         compared = values["comparison"] or {}
         accuracy = _accuracy(summary, made, runtime)
-        text = _clause(mine, row, measure, first=not found)
+        others = _otherwise(summary, made, row, measure)
+        text = _clause(made, mine, row, measure, first=not found) + others
         cost = f" {accuracy['text']}" if accuracy else ""
         found.append(
             {
@@ -126,10 +127,10 @@ def _parts(summary: dict[str, Any], made: Row) -> list[dict[str, Any]]:
                 # What was said for one runtime is not repeated for the next where it is the same.
                 "text": text.replace(f", {scenario}", "" if scenario in said else f", {scenario}")
                 + ("" if cost in said else cost),
-                "full": _clause(mine, row, measure, first=True) + cost,
+                "full": _clause(made, mine, row, measure, first=True) + cost,
                 "accuracy": accuracy is not None,
                 "state": state,
-                "gains": compared.get("claim") == "faster" and state in ("sparse", "partly"),
+                "gains": compared.get("claim") == "faster" and state in ("sparse", "partly") and not others,
                 "ratio": compared.get("ratio"),
                 "from": [*values["from"], *(accuracy["from"] if accuracy else [])],
             }
@@ -138,11 +139,35 @@ def _parts(summary: dict[str, Any], made: Row) -> list[dict[str, Any]]:
     return found
 
 
-def _clause(mine: list[Row], row: Row, measure: Measure, *, first: bool) -> str:
+def _otherwise(summary: dict[str, Any], made: Row, row: Row, measure: Measure) -> str:
+    """What other runs of the same say that is not claimed alike; empty where all agree, or nothing is claimed."""
+
+    def same(other: Row) -> bool:
+        keys = ("artifact", "runtime", "baseline", "scenario")
+        there = next(
+            each for each in summary["artifacts"] if all(each[key] == other[key] for key in ("run", "artifact"))
+        )
+        return all(other[key] == row[key] for key in keys) and there["sha256"] == made["sha256"]
+
+    compared = row["measures"][measure]["comparison"]
+    if compared is None or compared["claim"] not in ("faster", "slower"):
+        return ""
+    claims = {
+        other["run"]: found["claim"]
+        for other in summary["latency"]
+        if same(other) and (found := other["measures"][measure]["comparison"])
+    }
+    differing = [f"run {number}: {claim}" for number, claim in claims.items() if claim != compared["claim"]]
+    return f" (not in {_listed(differing)})" if differing else ""
+
+
+def _clause(made: Row, mine: list[Row], row: Row, measure: Measure, *, first: bool) -> str:
     """What is said of one runtime: ``decodes ... in torch``, or after another ``in torch it decodes ...``."""
     values = row["measures"][measure]
     compared = values["comparison"]
     ran = {"DENSE": "ran dense", "unknown": "ran unknown kernels"}.get(row["status"]["state"])
+    if made["linears"] and row["status"]["state"] == "dense":
+        ran = "ran dense, as asked,"
 
     def say(does: str) -> str:
         return f"{does} in {row['runtime']}" if first else f"in {row['runtime']} it {does}"
@@ -162,7 +187,7 @@ def _clause(mine: list[Row], row: Row, measure: Measure, *, first: bool) -> str:
     scenarios = f"; {claim} in {count} of {len(mine)} scenarios" if len(mine) > 1 else ""
     about = f"({interval}, {wording.scenario(row['scenario'])}{scenarios})"
     fast = f"{does} {ratio} as fast as dense"
-    about += f", {wording.WEAK_DENSE}," if wording.exceeds_roofs(values) else ""
+    about += f", {values['unexplained']}," if values["unexplained"] else ""
     return f"{say(ran)} and {fast} {about}" if ran else f"{say(fast)} {about}"
 
 

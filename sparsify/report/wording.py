@@ -6,14 +6,12 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-from sparsify.bench.engaged import runs_sparse
-from sparsify.report.pairs import ran_sparse
+from sparsify.bench.engaged import MEMORY_ONLY, ran_sparse, reads_packed, runs_sparse
+from sparsify.report.pairs import tokens_at_once
 
 DENSE = "DENSE: asked to be sparse, no sparse kernel ran"
 UNKNOWN = "UNKNOWN: asked to be sparse, it is not known which kernels ran"
-WEAK_DENSE = "more than fewer bytes explain: part of it is that the runtime's own dense product is not the best"
-# By so much a ratio may exceed that of the roofs, which are measured too.
-_MARGIN = 1.1
+EXPANDED = "DENSE: asked to be sparse, packed in memory only: no sparse kernel ran"
 NOT_ASKED = "SPARSE: a sparse kernel ran where none was asked for"
 
 
@@ -30,40 +28,42 @@ def clean(value: Any) -> Any:
     return [clean(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-def status(engaged: dict[str, str], asked: bool, pruned: int) -> dict[str, Any]:
+def status(engaged: dict[str, str], asked: bool, pruned: int, scenario: dict[str, Any] | None = None) -> dict[str, Any]:
     """What really ran: ``state`` (sparse, partly, dense, DENSE, unknown, unasked), ``text`` for people, ``kernels``.
 
     Args:
         engaged: linear -> kernel, as the record has it.
         asked: whether it was to run sparse.
         pruned: linears of the artifact that were pruned.
+        scenario: of a latency record: what decides is what ran for each new token, or for the prompt where a scenario
+            has one new token.
     """
     n = pruned or len(engaged)
-    n_sparse, n_known = ran_sparse(engaged, n)
+    tokens = tokens_at_once(scenario) if scenario else None
+    n_sparse, n_known = ran_sparse(engaged, n, tokens)
     known = engaged and not any(kernel.startswith("unknown") for kernel in engaged.values())
     if not asked:
         state, text = (
             ("unasked", NOT_ASKED) if any(map(runs_sparse, engaged.values())) else ("dense", "dense, as asked")
         )
     elif not n_sparse:
-        state, text = ("DENSE", DENSE) if known else ("unknown", UNKNOWN)
+        dense = EXPANDED if any(map(reads_packed, engaged.values())) else DENSE
+        state, text = ("DENSE", dense) if known else ("unknown", UNKNOWN)
     elif n_sparse < n:
         rest = f", {n - n_known} unknown" if n_known < n else ""
         state, text = "partly", f"partly sparse ({n_sparse} of {n}{rest})"
     else:
         state, text = "sparse", "sparse"
+    if scenario and state in ("sparse", "partly"):
+        in_prompt, _ = ran_sparse(engaged, n, tokens_at_once(scenario, "ttft"))
+        text += f"; for the prompt, {n - in_prompt} of {n} dense" if in_prompt < n_sparse else ""
     return {"state": state, "text": text, "kernels": dict(sorted(Counter(engaged.values()).items()))}
-
-
-def exceeds_roofs(values: dict[str, Any]) -> bool:
-    """Whether one of a row's ``measures`` gained clearly more than it would if dense and sparse reached their roofs."""
-    compared, roofs = values["comparison"], values["roof_ratio"]
-    return bool(compared and roofs and compared["claim"] == "faster" and compared["ratio"] > _MARGIN * roofs)
 
 
 def kernels(counts: dict[str, int]) -> str:
     """``210 x native``."""
-    return ", ".join(f"{count} x {name}" for name, count in counts.items())
+    memory_only = {MEMORY_ONLY: f"{MEMORY_ONLY} (memory only)"}
+    return ", ".join(f"{count} x {memory_only.get(name, name)}" for name, count in counts.items())
 
 
 def scenario(value: dict[str, Any]) -> str:

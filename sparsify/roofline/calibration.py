@@ -10,8 +10,8 @@ from typing import Any
 
 from sparsify.errors import UsageError
 from sparsify.kernels.table import DENSE, GATHER, LOOP, UNSTRUCTURED, Table
+from sparsify.roofline.bounds import Storage, bound, linear_work
 from sparsify.roofline.devices import Device
-from sparsify.roofline.work import Storage, bound, linear_work
 from sparsify.types import NofM, Pattern, parse_pattern
 
 # Shapes whose sides differ by more, both ratios multiplied, do not stand for each other; as in ``kernels.table``.
@@ -19,6 +19,8 @@ _FARTHEST = math.log(4)
 # Half as many tokens as the least that were measured, or twice the most, are still near; from so many on all are.
 _REACH, _MANY = 2.0, 512
 _NEAR_DENSITY = 0.02
+# Of one machine: what its system keeps for itself may change, and ceilings fall by as much while other work runs.
+_SAME_MEMORY, _SAME_RATE = 0.02, 2.0
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "i8": "int8"}
 
 
@@ -37,6 +39,8 @@ class Point:
         high: the upper.
         fastest_us: of all samples of the best dense way, and of the best sparse way.
         in_table: of the tuner, else in a record.
+        own: of the device that is planned for, else of another machine with one of the same name: then its times and
+            rates are not this one's, and only its ratios stand for them.
     """
 
     shape: tuple[int, int]
@@ -49,6 +53,7 @@ class Point:
     high: float
     fastest_us: tuple[float, float]
     in_table: bool = False
+    own: bool = True
 
 
 def pattern_key(pattern: Pattern) -> tuple[str, float]:
@@ -61,7 +66,8 @@ def from_records(records: Sequence[Mapping[str, Any]], device: Device) -> list[P
     """The points of ``device`` among the kernel records of ``records``.
 
     Those of other devices, and without a sparse kernel, are left out, and on a CPU those of another number of threads.
-    Weights in 8 bits are too: their rival is a dense weight in 16.
+    Weights in 8 bits are too: their rival is a dense weight in 16. A device at hand is told from others of its name by
+    cores, memory and ceilings; published ones stand for all of theirs.
 
     Args:
         records: as ``sparsify bench`` writes them, those of ``run`` and ``artifact`` among them.
@@ -73,13 +79,32 @@ def from_records(records: Sequence[Mapping[str, Any]], device: Device) -> list[P
     names = (device.full_name, *device.known_as)
     points: list[Point] = []
     try:
+        runs = {record["run"]: record for record in records if record["record"] == "run"}
         for record, measured_on in kernels(records):
             threads = record["threads"] if device.kind == "cpu" else device.threads
             if measured_on in names and threads == device.threads:
-                points += _point(record)
+                own = device.how == "published" or _is_own(runs.get(record["run"], {}), device)
+                points += (replace(point, own=own) for point in _point(record))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"--records: a record is malformed ({type(error).__name__}: {error}); measure again") from None
     return points
+
+
+def _is_own(run: Mapping[str, Any], device: Device) -> bool:
+    """Whether a run was on the device at hand, by all that its record says; one that says nothing was not."""
+    ceilings = next((each for each in run.get("ceilings", ()) if each["how"] == "measured"), None)
+    if ceilings is None:
+        return False
+    host = run["environment"]["host"]
+    if device.kind == "cpu" and (
+        host["cores"] != device.cores
+        or not math.isclose(host["memory_bytes"], device.memory_bytes, rel_tol=_SAME_MEMORY)
+        or host.get("last_level_cache_bytes", device.cache_bytes) != device.cache_bytes
+    ):
+        return False
+    rates = [(ceilings["bytes_per_s"], device.bytes_per_s)]
+    rates += [(peak, device.flops[dtype]) for dtype, peak in ceilings["flops"].items() if dtype in device.flops]
+    return all(1 / _SAME_RATE <= there / here <= _SAME_RATE for there, here in rates)
 
 
 def kernels(records: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
@@ -160,12 +185,12 @@ def from_table(table: Table | None) -> list[Point]:
 
 
 def raised(device: Device, points: Sequence[Point]) -> Device:
-    """A measured device with ceilings no lower than what ``points``, of the same device, have reached.
+    """A measured device with ceilings no lower than what its own among ``points`` have reached.
 
     Ceilings that were measured while something else ran would else make known products impossible.
     """
     bandwidth, flops = device.bytes_per_s, dict(device.flops)
-    for point in points:
+    for point in (point for point in points if point.own):
         dense = linear_work(*point.shape, point.tokens, point.dtype)
         sparse = linear_work(*point.shape, point.tokens, point.dtype, Storage(point.density, mask=True))
         for work, microseconds in zip((dense, sparse), point.fastest_us, strict=True):
@@ -203,8 +228,8 @@ def near(
 
 
 def efficiency(points: Sequence[Point], device: Device, shape: tuple[int, int], dtype: str, tokens: float) -> float:
-    """Roof of a dense product / its time, by the dense times of all points, whatever the pattern; 1 if none is near."""
-    found = _nearest([point for point in points if point.dtype == dtype], shape, tokens)
+    """Roof of a dense product / its time, by the device's own points, whatever the pattern; 1 if none is near."""
+    found = _nearest([point for point in points if point.own and point.dtype == dtype], shape, tokens)
     roofs = [1e6 * bound(linear_work(*point.shape, point.tokens, dtype), device).seconds for point in found]
     # Above 1 the ceilings are those of a busier machine, see ``raised``.
     return min(1.0, fmean(roof / point.dense_us for roof, point in zip(roofs, found, strict=True))) if found else 1.0

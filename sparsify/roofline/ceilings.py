@@ -116,8 +116,9 @@ def _as_device(where: torch.device, bandwidth: Rate, flops: Mapping[str, Rate], 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cache = last_level_cache_bytes()
     return Device(
-        HERE, name, bandwidth.best, _best(flops), {}, memory, source, (name,), "cpu", "measured", threads, cache
-    )
+        HERE, name, bandwidth.best, _best(flops), {}, memory, source, (name,), "cpu", "measured", threads, cache,
+        os.cpu_count() or 1,
+    )  # fmt: skip
 
 
 def _best(flops: Mapping[str, Rate]) -> dict[str, float]:

@@ -35,6 +35,7 @@ class Device:
         how: ``published`` or ``measured``.
         threads: that were measured; 0 where that says nothing.
         cache_bytes: last-level cache of a measured device; weights that fit in it can beat this bandwidth.
+        cores: of the machine of a measured CPU; 0 where that says nothing.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Device:
     how: Literal["published", "measured"] = "published"
     threads: int = 0
     cache_bytes: int = 0
+    cores: int = 0
 
     def peak(self, dtype: str, *, sparse: bool = False) -> float:
         """Operations per second with inputs of ``dtype``; ``sparse``: by 2:4 weights on sparse tensor cores.

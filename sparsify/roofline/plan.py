@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import UsageError
 from sparsify.roofline import published
+from sparsify.roofline.bounds import DENSE, Storage, Work, bound, linear_work, storage_of, total
 from sparsify.roofline.calibration import Point, efficiency, near, pattern_key
 from sparsify.roofline.devices import DEVICES, HERE, Device, completed, published_as
 from sparsify.roofline.prediction import (
@@ -26,7 +27,7 @@ from sparsify.roofline.prediction import (
     Plan,
     StepGain,
 )
-from sparsify.roofline.work import DENSE, LinearGroup, ModelWork, Storage, Work, bound, linear_work, storage_of, total
+from sparsify.roofline.work import LinearGroup, ModelWork
 from sparsify.types import NofM, Pattern, parse_pattern
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _PREFILL, _DECODE = "prefill", "decode"
 # H100 PCIe (see ``published``) would be explained by up to 2.0, the typical one by 0.9; prefill of 512 tokens, where
 # next to nothing is gained, by 4 and 12. CPUs: SmolLM2-135M with two threads (docs/kernels.md) by up to 1.6, in vLLM.
 OTHER_WORK = {"cuda": 2.0, "cpu": 1.6}
+
+
+_Measured = tuple[tuple[float, float], str]
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,15 @@ class _Case:
         known = published_as(self.device)
         return known.name if known else None
 
-    @property
-    def measured(self) -> str:
-        return MEASURED + ("here" if self.device.name == HERE else f"on {self.device.full_name}")
+    def measured(self, shape: tuple[int, int], density: float, name: str, tokens: float) -> _Measured | None:
+        """The range of a product that was measured, and where; that of another machine only for want of one's own."""
+        own = [point for point in self.points if point.own]
+        if found := near(own, shape, self.dtype, density, name, tokens):
+            return found, f"{MEASURED}{'here' if self.device.name == HERE else f'on {self.device.full_name}'}"
+        found = near(self.points, shape, self.dtype, density, name, tokens)
+        # By its name it could be this one; more of what records say is different, or they do not say it.
+        kind = "CPU" if self.device.kind == "cpu" else "GPU"
+        return (found, f"{MEASURED}on a {kind} named {self.device.full_name}") if found else None
 
 
 def plan(
@@ -169,10 +179,10 @@ def _gain(case: _Case, group: LinearGroup, text: str, pattern: Pattern, tokens: 
     roof = bound(_work(case, group, DENSE, each), case.device).seconds / sparse.seconds
     reached = efficiency(case.points, case.device, shape, case.dtype, each)
     low, high, most, basis = min(1.0, roof), roof, roof, ROOF_ONLY
-    measured = near(case.points, shape, case.dtype, density, name, each)
+    measured = case.measured(shape, density, name, each)
     if measured:
         # The sparse product cannot be faster than its own roof.
-        (low, high), most, basis = measured, roof / reached, case.measured
+        ((low, high), basis), most = measured, roof / reached
     elif case.published_name and (name == "2:4" or not isinstance(pattern, NofM)):
         found = published.kernel_ratio(
             case.published_name, case.dtype, density, structured=name == "2:4", tokens=round(each)
@@ -238,10 +248,16 @@ def _step(
             clipped = CLIPPED if found.high > roof else ""
             low, high = found.low if found.low <= roof else low, min(found.high, roof)
             basis = {f"{WHOLE_STEPS}{_source(case, found)}{clipped}": 1.0}
+    known = any(name.startswith((MEASURED, WHOLE_STEPS)) for name in basis)
     return StepGain(
         at.pattern, at.phase, at.batch, at.tokens, dense_s, dense_s / high, dense_s / low, roofs[0].seconds,
-        roofs[1].seconds, low, high, roofs[1].limited_by, basis,
+        roofs[1].seconds, low, high, roofs[1].limited_by, basis, _is_small(dense, case.device) and not known,
     )  # fmt: skip
+
+
+def _is_small(dense: ModelWork, device: Device) -> bool:
+    """Whether launches and the host take the time of this model's steps, whatever is done to its weights."""
+    return device.kind == "cuda" and dense.n_weights < published.SMALL_MODEL
 
 
 def _alternative(
@@ -260,7 +276,7 @@ def _alternative(
             rows.append(
                 StepGain(
                     at.pattern, phase, batch, tokens, before.seconds, after.seconds, before.seconds, before.seconds,
-                    after.seconds, 1.0, ratio, after.limited_by, {ROOF_ONLY: 1.0},
+                    after.seconds, 1.0, ratio, after.limited_by, {ROOF_ONLY: 1.0}, _is_small(dense, device),
                 )
             )  # fmt: skip
     return rows

@@ -11,6 +11,8 @@ from sparsify.roofline.devices import Device
 ROOF_ONLY = "roof only"
 # How what a prediction rests on begins.
 MEASURED, PUBLISHED, WHOLE_STEPS = "measured ", "published: ", "published for whole steps: "
+# What people see in place of a range where there is none, see ``StepGain.too_small``.
+TOO_SMALL = "too small"
 # How it ends where what was measured or published exceeds the roof.
 CLIPPED = ", clipped to the roof"
 
@@ -69,6 +71,8 @@ class StepGain:
         high: the same with none.
         limited_by: what limits the pruned step at its roof.
         basis: basis -> share of the linears' time, or the one published figure for the whole step.
+        too_small: so few weights on a GPU that launches and the host take the step's time: ``low`` and ``high``, which
+            come from products and roofs, say nothing of it.
     """
 
     pattern: str
@@ -84,6 +88,7 @@ class StepGain:
     high: float
     limited_by: str
     basis: Mapping[str, float]
+    too_small: bool = False
 
     @property
     def roof(self) -> float:

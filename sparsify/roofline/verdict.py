@@ -9,7 +9,7 @@ from typing import Literal
 from sparsify.roofline import published
 from sparsify.roofline.devices import HERE, published_as
 from sparsify.roofline.plan import OTHER_WORK
-from sparsify.roofline.prediction import MEASURED, ROOF_ONLY, WHOLE_STEPS, Plan, StepGain, span
+from sparsify.roofline.prediction import MEASURED, ROOF_ONLY, TOO_SMALL, Plan, StepGain, span
 
 Pays = Literal["yes", "no", "unclear"]
 # Less is not worth the loss of accuracy, nor the work.
@@ -43,7 +43,13 @@ def notes(plan: Plan) -> list[str]:
             "the baseline is FP8 dense: gains come on top of what FP8 brings; no kernel of this package multiplies "
             "float8 weights as they are (cusparselt_fp8, by name only, rounds 16 bits to 8 itself)"
         )
-    if plan.alternative:
+    small = [step for step in (*plan.steps, *plan.alternative) if step.too_small]
+    if small:
+        found.append(
+            f"{TOO_SMALL}: with so few weights launches and the host take most of a step on a GPU; they are in no "
+            "roof, nor in the table of single linears"
+        )
+    if plan.alternative and not any(step.too_small for step in plan.alternative):
         decode, prefill = (
             max(row.roof for row in plan.alternative if row.phase == phase) for phase in ("decode", "prefill")
         )
@@ -52,7 +58,9 @@ def notes(plan: Plan) -> list[str]:
             f"{prefill:.2f} for prefill; published: {published.FP8_SOURCE}; plan on top of it with "
             "--dtype float8"
         )
-    elif device.kind == "cuda" and plan.dtype in _GPU_SIXTEEN_BITS and published_as(device) is None:
+    elif (
+        not plan.alternative and device.kind == "cuda" and plan.dtype in _GPU_SIXTEEN_BITS and not published_as(device)
+    ):
         found.append("whether this GPU has FP8, and what FP8 dense would gain without pruning, is not known here")
     needed = plan.memory[0].n_bytes
     if needed > device.memory_bytes:
@@ -85,19 +93,17 @@ def _verdict(plan: Plan, pattern: str) -> Verdict:
     steps = [step for step in plan.steps if step.pattern == pattern]
     reasons: list[str] = []
     measured = any(_rests_on(step, MEASURED) for step in steps)
-    small = pattern == "2:4" and plan.device.kind == "cuda" and plan.n_weights < published.SMALL_MODEL
-    # Of a small model's steps products and roofs say nothing, on a GPU.
-    told = [step for step in steps if not small or _rests_on(step, MEASURED) or _rests_on(step, WHOLE_STEPS)]
+    told = [step for step in steps if not step.too_small]
     sure, maybe = [s for s in told if s.low >= _WORTH], [s for s in told if s.high >= _WORTH]
     pays: Pays = "yes" if sure else "unclear" if maybe else "no"
     if len(told) < len(steps):
         reasons.append(
-            f"{plan.n_weights / 1e9:.1f} billion weights are few for a GPU: launches and the host take the time that "
-            f"sparsity would save; published: {published.SMALL_SOURCE}"
+            f"{plan.n_weights / 1e9:.2g} billion weights are few for a GPU: launches and the host take the time that "
+            f"sparsity would save; published{'' if pattern == '2:4' else ' of 2:4 alone'}: {published.SMALL_SOURCE}"
         )
     if pays == "no" and told:
         reasons.append(f"no step gains {100 * (_WORTH - 1):.0f} %")
-    elif not measured and plan.alternative and _fp8_wins(plan, steps):
+    elif told and not measured and plan.alternative and _fp8_wins(plan, steps):
         pays = "no"
         reasons.append("FP8 dense has as high a roof or a higher one in every step and needs no pruning")
     elif pays == "yes":
@@ -110,7 +116,7 @@ def _verdict(plan: Plan, pattern: str) -> Verdict:
     if pays != "no" and any(ROOF_ONLY in step.basis for step in maybe):
         reasons.append("where the basis is the roof alone, the range ends at an upper bound that no kernel has shown")
     if pays != "no":
-        reasons += _kernels(plan, pattern, steps, measured=measured)
+        reasons += _kernels(plan, pattern, steps)
     return Verdict(pattern, pays, tuple(reasons))
 
 
@@ -123,7 +129,7 @@ def _fp8_wins(plan: Plan, steps: Sequence[StepGain]) -> bool:
     return all(fp8[step.phase, step.batch] >= step.roof for step in steps)
 
 
-def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain], *, measured: bool) -> list[str]:
+def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain]) -> list[str]:
     """What of this package would run, where that is not what a reader would expect."""
     device, found = plan.device, []
     structured = pattern == "2:4"
@@ -145,7 +151,7 @@ def _kernels(plan: Plan, pattern: str, steps: Sequence[StepGain], *, measured: b
             found.append(
                 f"the kernel for such weights on GPUs takes up to {_MOST_TRITON_TOKENS} tokens; beyond, dense runs"
             )
-    elif device.name == HERE and not measured:
+    elif device.name == HERE and not any(_rests_on(step, f"{MEASURED}{HERE}") for step in steps):
         found.append(
             "nothing like its products was measured on this machine with this number of threads, so auto runs dense: "
             "sparsify tune --model MODEL measures them"

@@ -213,7 +213,7 @@ def read_report(settings: Settings, folder: Path) -> Report:
             for key in total:
                 total[key] += linear[key]
     if engaged:
-        return Report({name: "+".join(sorted(kernels)) for name, kernels in engaged.items()}, weights)
+        return Report({name: " | ".join(sorted(kernels)) for name, kernels in engaged.items()}, weights)
     return _of_checkpoint(settings)
 
 
