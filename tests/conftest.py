@@ -14,13 +14,19 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
 
+if TYPE_CHECKING:
+    from sparsify.bench.records import Records
+
+# Tests of the benchmarks import these as they import each other.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 pytest.register_assert_rewrite("tests.problems", "tests.coupled", "tests.checkpoints", "tests.onnxruntime_artifacts")
+pytest.register_assert_rewrite("tests.gating", "tests.reporting", "tests.record_files")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -238,6 +244,31 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     from tests.tensorrt_models import play
 
     return play(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of a run in three runtimes, in one of which sparse artifacts run dense."""
+    from tests.bench_records import write_example
+    from tests.reporting import RUNTIMES
+
+    return write_example(tmp_path_factory.mktemp("records") / "a.jsonl", runtimes=RUNTIMES)
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of a run in two runtimes, both of which run sparse kernels."""
+    from tests.bench_records import write_example
+
+    return write_example(tmp_path_factory.mktemp("gate") / "r.jsonl")
+
+
+@pytest.fixture(scope="session")
+def records(gated: Path) -> Records:
+    """Those records as read; whoever changes them takes copies."""
+    from sparsify.bench.records import read
+
+    return read([gated])
 
 
 @pytest.fixture(scope="session")

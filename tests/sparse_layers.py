@@ -25,3 +25,8 @@ def zeroed(shape: tuple[int, int], pattern: NofM | None, dtype: torch.dtype, see
 
 def x_of(dtype: torch.dtype, width: int = 32) -> torch.Tensor:
     return torch.randn(2, 3, width, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+def kernel_of(reported: str) -> str:
+    """The kernel of what reports name, without the numbers of tokens for which it expands the weight."""
+    return reported.partition("+expanded:")[0]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,38 @@ def test_records_that_are_of_something_else_are_left_out() -> None:
     assert [point.tokens for point in from_records(here, HERE)] == [1]
     with pytest.raises(UsageError, match="malformed"):
         from_records(lines([{"threads": None, "device": "cuda"}]), H200)
+
+
+def test_a_machine_of_the_same_name_is_another_by_what_its_record_says() -> None:
+    def own(change: dict[str, Any], part: str) -> list[bool]:
+        run, *rest = lines([kernel(threads=2)], device="A processor")
+        place = run["environment"]["host"] if part == "host" else run["ceilings"][0]
+        place.update(change)
+        return [point.own for point in from_records([run, *rest], HERE)]
+
+    assert own({}, "host") == own({"memory_bytes": int(1.01 * HERE.memory_bytes)}, "host") == [True]
+    assert own({"bytes_per_s": HERE.bytes_per_s / 1.9}, "ceilings") == [True]
+    assert own({"flops": {"float16": 1.0}}, "ceilings") == [True]
+    assert own({"last_level_cache_bytes": HERE.cache_bytes}, "host") == [True]
+    for change in ({"cores": 8}, {"memory_bytes": 2 * HERE.memory_bytes}, {"last_level_cache_bytes": 1 << 20}):
+        assert own(change, "host") == [False]
+    others: list[dict[str, Any]]
+    others = [{"bytes_per_s": 2.1 * HERE.bytes_per_s}, {"flops": {"bfloat16": 1e11}}, {"how": "published"}]
+    for other in others:
+        assert own(other, "ceilings") == [False]
+    # All cards of a name are one device by its published peaks.
+    assert [point.own for point in from_records(lines([kernel()]), H200)] == [True]
+
+
+def test_of_another_machine_only_ratios_count() -> None:
+    us = 1e6 * 4096 * 4096 * 2 / HERE.bytes_per_s
+    other = Point((4096, 4096), "bfloat16", "2:4", 0.5, 1, 3 * us, 1.2, 1.4, (us / 9, us / 9), own=False)
+    assert raised(HERE, [other]) == HERE
+    assert efficiency([other], HERE, (4096, 4096), "bfloat16", 1) == 1
+    assert found_near([other], 1) == (1.2, 1.4)
+    mine = replace(other, own=True)
+    assert raised(HERE, [mine]) != HERE
+    assert efficiency([mine], HERE, (4096, 4096), "bfloat16", 1) == pytest.approx(1 / 3, rel=0.01)
 
 
 def test_the_tables_that_are_shipped_are_understood() -> None:

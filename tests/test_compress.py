@@ -19,7 +19,7 @@ from sparsify.kernels.kernel import Kernel, State
 from sparsify.kernels.table import Entry, Times
 from sparsify.plugins.sparse_linear import SparseLinear, packed_if_sparse
 from tests.checkpoints import same
-from tests.sparse_layers import BF16, F32, NAMES, NO_NATIVE, TWO_OF_FOUR, x_of, zeroed
+from tests.sparse_layers import BF16, F32, NAMES, NO_NATIVE, TWO_OF_FOUR, kernel_of, x_of, zeroed
 
 # float32 sums in another order, rounded to bfloat16 in each of a few layers.
 TOLERANCE = {F32: 1e-4, BF16: 5e-2}
@@ -57,10 +57,11 @@ def test_the_function_stays_and_comes_back_bit_for_bit(kernel: str, dtype: torch
     model = Block(dtype)
     before, kept = copy.deepcopy(model), model.full
     assert compress_(model, kernel) is model
-    assert engaged(model) == {"two_of_four": kernel, "loose": kernel, "full": "dense", "head": "dense"}
+    found = {name: kernel_of(ran) for name, ran in engaged(model).items()}
+    assert found == {"two_of_four": kernel, "loose": kernel, "full": "dense", "head": "dense"}
     assert model.full is kept
     assert model.head.weight is model.embed.weight
-    patterns = {name: (entry.kernel, entry.pattern, entry.reason) for name, entry in report(model).items()}
+    patterns = {name: (kernel_of(entry.kernel), entry.pattern, entry.reason) for name, entry in report(model).items()}
     assert patterns["full"] == ("dense", "dense", "it is not sparse")
     assert patterns["head"] == ("dense", "dense", "its weight is tied")
     assert [patterns[name][:2] for name in ("two_of_four", "loose")] == [(kernel, "2:4"), (kernel, "unstructured")]
@@ -202,7 +203,7 @@ def test_auto_takes_what_was_measured(monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr("sparsify.kernels.dispatch._measured", lambda packed, x: entries[packed.shape])
     with caplog.at_level(logging.INFO, "sparsify"):
         model = compress_(Block())
-    assert engaged(model) == {"two_of_four": "native", "loose": "dense", "full": "dense", "head": "dense"}
+    assert engaged(model) == {"two_of_four": "native+expanded:1-", "loose": "dense", "full": "dense", "head": "dense"}
     assert type(model.loose) is nn.Linear
     assert "dense is faster" in report(model)["loose"].reason
     assert [record.levelname for record in caplog.records] == ["INFO"]

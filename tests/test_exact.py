@@ -150,7 +150,7 @@ def test_exact_solves_with_the_damping_that_a_singular_gram_takes() -> None:
 
 def test_exact_refuses_a_singular_system() -> None:
     gram = Gram(torch.ones(3, 3), 5, 0.0)
-    gram._damped = gram.matrix
+    gram._diagonal = gram.matrix.diagonal().clone()
     with pytest.raises(SingularError, match="row 1 is singular"):
         exact(torch.ones(2, 3), gram, torch.tensor([[1, 0, 0], [1, 1, 0]]).bool())
 

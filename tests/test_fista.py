@@ -8,9 +8,10 @@ import pytest
 import torch
 from sklearn.linear_model import Lasso
 
-from sparsify.solvers.fista import Round, fista, proximal_gradient
-from sparsify.solvers.quadratic import Gram, lipschitz, retarget
+from sparsify.solvers.fista import Round, fista, lipschitz, proximal_gradient
+from sparsify.solvers.quadratic import Gram
 from sparsify.solvers.sparsegpt import sparsegpt
+from sparsify.solvers.targets import retarget
 from sparsify.types import parse_pattern
 from tests.problems import (
     activations,

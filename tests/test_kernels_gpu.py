@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 from gpu_machine.record import NOT_RUN
 from kernels_gpu.__main__ import parse
 from kernels_gpu.check import TASKS, check_kernel

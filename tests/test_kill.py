@@ -43,5 +43,5 @@ def test_killed_at_random_instants_it_resumes_to_the_same_bits(stories: Path, tm
 
 def contents(folder: Path) -> dict[str, bytes]:
     # A kill right after the rename may leave the state's dot file behind; it is not part of the output.
-    names = [p for p in folder.iterdir() if p.name != manifest.RUN and not p.name.startswith(".")]
+    names = [p for p in folder.iterdir() if p.name not in manifest.ABOUT_RUN and not p.name.startswith(".")]
     return {p.name: p.read_bytes() for p in names}

@@ -12,24 +12,34 @@ ROOT = Path(sparsify.__file__).parent
 # Rank along the arrow; a module may import those of its own rank or below. New modules must be given a place.
 RANKS = [
     {"sparsify", "sparsify.hooks", "sparsify.errors"},
-    {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras"},
+    {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras", "sparsify.chunks"}
+    | {"sparsify.workers", "sparsify.process_memory"}
+    | {f"sparsify.{part}" for part in ("processes", "metrics", "tally", "journal", "untrusted", "history", "status")},
     {"sparsify.methods", "sparsify.checkpoint"},
     {"sparsify.format", "sparsify.format.bits", "sparsify.format.expand", "sparsify.format.packed"}
     | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader", "sparsify.format.legacy"},
     {"sparsify.recipe", "sparsify.model"},
     {"sparsify.roofline"}
-    | {f"sparsify.roofline.{part}" for part in ("attention", "config", "devices", "work", "published")},
+    | {f"sparsify.roofline.{part}" for part in ("attention", "bounds", "config", "devices", "work", "published")},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
     {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
     {"sparsify.scores", "sparsify.masks", "sparsify.permute", "sparsify.allocate"},
     {"sparsify.solvers", "sparsify.solvers.quadratic", "sparsify.solvers.sparsegpt", "sparsify.solvers.mrp"}
     | {"sparsify.solvers.exact", "sparsify.solvers.refit", "sparsify.solvers.admm", "sparsify.solvers.alps"}
-    | {"sparsify.solvers.fista", "sparsify.solvers.swaps", "sparsify.solvers.dsnot"},
+    | {"sparsify.solvers.fista", "sparsify.solvers.swaps", "sparsify.solvers.dsnot", "sparsify.solvers.factor"}
+    | {"sparsify.solvers.targets"},
     {"sparsify.layer", "sparsify.grams"},
     {"sparsify.reorder"},
     {"sparsify.block", "sparsify.survey"},
     {"sparsify.manifest"},
+    {"sparsify.cluster"}
+    | {f"sparsify.cluster.{part}" for part in ("graph", "plan", "job", "crew", "worker")}
+    | {f"sparsify.cluster.{part}" for part in ("processes", "ray_workers")},
+    {"sparsify.assemble", "sparsify.resume"},
     {"sparsify.prune", "sparsify.verify"},
+    {"sparsify.budget"}
+    | {f"sparsify.budget.{part}" for part in ("shapes", "working", "memory", "operations", "machine")}
+    | {"sparsify.budget.verdict", "sparsify.budget.estimate"},
     {"sparsify.exporters", "sparsify.exporters.hf", "sparsify.exporters.onnx_graph", "sparsify.exporters.onnx_standard"}
     | {"sparsify.exporters.onnx_weights", "sparsify.exporters.onnx_reader", "sparsify.exporters.onnx_forms"}
     | {f"sparsify.exporters.tensorrt_{part}" for part in ("log", "api", "header", "trust", "options", "evidence")}
@@ -63,12 +73,15 @@ RANKS = [
     | {"sparsify.bench.delivered", "sparsify.bench.engine_parity", "sparsify.bench.scoring"}
     | {"sparsify.bench.lm_eval_model", "sparsify.bench.zero_shot_tasks", "sparsify.bench.task_files"}
     | {"sparsify.bench.records", "sparsify.bench.record_check", "sparsify.bench.spread"}
-    | {f"sparsify.bench.{part}" for part in ("accuracy", "engaged", "host", "latency", "process_memory", "request")}
+    | {f"sparsify.bench.{part}" for part in ("accuracy", "engaged", "host", "latency", "measuring", "request")}
     | {f"sparsify.bench.{part}" for part in ("roofs", "rounds", "run", "stream_times", "subjects", "worker", "workers")}
     | {"sparsify.bench.kernel_times", "sparsify.bench.product_times"},
     {f"sparsify.report.{part}" for part in ("pairs", "wording", "rules", "asked", "findings", "gate")}
     | {"sparsify.report", "sparsify.report.summary", "sparsify.report.markdown", "sparsify.report.page"}
-    | {f"sparsify.report.{part}" for part in ("speed", "accuracy", "sizes", "kernels", "gaps", "verdict")}
+    | {
+        f"sparsify.report.{part}"
+        for part in ("speed", "accuracy", "sizes", "kernels", "gaps", "verdict", "unexplained")
+    }
     | {f"sparsify.report.{part}" for part in ("cells", "tables", "detail_tables", "environment")}
     | {f"sparsify.report.{part}" for part in ("drawing", "plots", "linear_plots", "memory_plots")},
     {"sparsify.onnx_packing"},
@@ -78,7 +91,8 @@ RANKS = [
     {"sparsify.baselines"},
     {"sparsify.bench_command"},
     {"sparsify.inform", "sparsify.artifacts", "sparsify.tuning_command", "sparsify.plan_command"}
-    | {"sparsify.gate_command", "sparsify.report_command"},
+    | {"sparsify.plan_memory_command"}
+    | {"sparsify.gate_command", "sparsify.report_command", "sparsify.status_command"},
     {"sparsify.cli"},
     {"sparsify.__main__"},
 ]

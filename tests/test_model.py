@@ -11,7 +11,7 @@ import transformers
 
 from sparsify.checkpoint import CheckpointReader
 from sparsify.errors import ModelError
-from sparsify.hidden import enter, file_crc32
+from sparsify.hidden import HiddenFile, enter, file_crc32
 from sparsify.model import FAMILIES, load_skeleton, weight_view
 from sparsify.naming import Binding
 from sparsify.types import LinearSpec
@@ -86,12 +86,13 @@ def test_blocks_run_one_by_one_as_the_model_runs_them(
         hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
         skeleton = load_skeleton(folder)
         binding = Binding(CheckpointReader(folder), skeleton)
-        calls, [files] = enter(binding, ids, [(tmp_path / "a", tmp_path / "b")], torch.float32, "cpu", resume=False)
+        calls, [file] = enter(binding, ids, [tmp_path / "a"], torch.float32, "cpu")
+        files = file, HiddenFile(tmp_path / "b", file.layout)
         torch.testing.assert_close(torch.cat(list(files[0].windows("cpu"))), hidden[0])
         block = binding.load_block(0, torch.float32, "cpu")
         with collect(block, skeleton.prefix(0), skeleton.linears[0]) as collector:
             files[1].write(calls.run(block, 0, x) for x in files[0].windows("cpu"))
-        assert files[1].record == {"file": "b", "crc32": file_crc32(files[1].path)}
+        assert files[1].crc32 == file_crc32(files[1].path)
         torch.testing.assert_close(torch.cat(list(files[1].windows("cpu"))), hidden[1], rtol=1e-5, atol=1e-5)
     stats = collector.result(skeleton.linears[0])
     compared = 0
@@ -109,10 +110,9 @@ def test_linears_that_share_an_input_share_statistics(random_models: Callable[[s
     folder = random_models("llama")
     skeleton = load_skeleton(folder)
     binding = Binding(CheckpointReader(folder), skeleton)
-    paths = tmp_path / "a", tmp_path / "b"
     with torch.inference_mode():
         ids = torch.randint(3, 64, (2, 20))
-        calls, [(file, _)] = enter(binding, ids, [paths], torch.float32, "cpu", resume=False)
+        calls, [file] = enter(binding, ids, [tmp_path / "a"], torch.float32, "cpu")
         block = binding.load_block(0, torch.float32, "cpu")
         with collect(block, skeleton.prefix(0), skeleton.linears[0]) as collector:
             for hidden in file.windows("cpu"):
@@ -231,8 +231,7 @@ def test_expert_statistics_are_those_of_the_routed_tokens(random_models: Callabl
         (tokens, routed) = seen[0]
         skeleton = load_skeleton(folder)
         binding = Binding(CheckpointReader(folder), skeleton)
-        paths = tmp_path / "a", tmp_path / "b"
-        calls, [(file, _)] = enter(binding, ids, [paths], torch.float32, "cpu", resume=False)
+        calls, [file] = enter(binding, ids, [tmp_path / "a"], torch.float32, "cpu")
         block = binding.load_block(0, torch.float32, "cpu")
         with collect(block, skeleton.prefix(0), skeleton.linears[0]) as collector:
             for hidden in file.windows("cpu"):
@@ -312,7 +311,7 @@ def test_lack_of_memory_is_not_taken_for_an_unknown_architecture(
 
     monkeypatch.setattr(type(skeleton.model.base_model), "forward", fail)
     with pytest.raises(error):
-        enter(binding, torch.ones(1, 4).long(), [(tmp_path / "a", tmp_path / "b")], torch.float32, "cpu", resume=False)
+        enter(binding, torch.ones(1, 4).long(), [tmp_path / "a"], torch.float32, "cpu")
 
 
 def test_an_architecture_whose_blocks_cannot_be_run_alone_is_refused_by_name(tmp_path: Path, ids_file: str) -> None:

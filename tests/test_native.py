@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import linear
 
+from sparsify.bench.engaged import expands, runs_sparse
 from sparsify.errors import UsageError
 from sparsify.format.packed import Packed, decode, encode, quantise
 from sparsify.kernels import native
@@ -300,6 +301,24 @@ def test_a_plan_says_which_way() -> None:
             native.parse_plan(bad)
 
 
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        ("amx", "native"), ("slices", "native+expanded:1-"), ("bf16<=4,slices", "native+expanded:5-"),
+        ("bf16<=2,dense", "native+dense:3-"), ("dense", "native+dense:1-"),
+        ("dense<=1,amx<=32,dense<=64,slices", "native+dense:1-1,33-64+expanded:65-"),
+        ("slices<=3,amx<=32,slices", "native+expanded:1-3,33-"),
+    ],
+)  # fmt: skip
+def test_a_plan_says_when_it_multiplies_zeros(plan: str, name: str) -> None:
+    kernel = native.native(plan)
+    assert (kernel.name, kernel.reported) == ("native", name)
+    for n in (1, 2, 3, 4, 5, 32, 33, 64, 65, 512, 4096):
+        assert runs_sparse(name, n) == (native.way_for(plan, n) in native.COMPILED)
+        assert expands(name, n) == (native.way_for(plan, n) == native.SLICES)
+    assert runs_sparse(name) == any(way in native.COMPILED for _, way in native.parse_plan(plan))
+
+
 @pytest.mark.parametrize("plan", ["bf16<=4,slices", "slices", "bf16<=2,dense"])
 @pytest.mark.parametrize("perm", [False, True], ids=["", "permuted"])
 def test_kernel_takes_any_shape_of_input(plan: str, perm: bool) -> None:
@@ -309,7 +328,6 @@ def test_kernel_takes_any_shape_of_input(plan: str, perm: bool) -> None:
     weight = decode(packed_weight(24, 64, None, BF16))
     packed = encode(weight, None, order)
     kernel = native.native(plan)
-    assert kernel.name == ("native+dense" if "dense" in plan else "native")
     state = kernel.prepare(packed)
     assert state.n_bytes >= packed.n_bytes
     for shape, bias in itertools.product([(), (0,), (1,), (2, 3), (2, 0)], (None, torch.randn(24).to(BF16))):

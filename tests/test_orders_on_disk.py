@@ -21,7 +21,7 @@ from tests.coupled import difference, logits, open_model, orders_in, run
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != manifest.RUN}
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name not in manifest.ABOUT_RUN}
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,20 +14,22 @@ from sparsify.errors import ModelError, UsageError
 from sparsify.kernels import table
 from sparsify.model import Skeleton, load_skeleton
 from sparsify.roofline import published
+from sparsify.roofline.bounds import storage_of, total
 from sparsify.roofline.calibration import from_records, from_table
 from sparsify.roofline.devices import DEVICES, Device
 from sparsify.roofline.plan import check, plan
 from sparsify.roofline.prediction import CLIPPED, MEASURED, ROOF_ONLY, WHOLE_STEPS, Plan
 from sparsify.roofline.verdict import Verdict, notes, verdicts
-from sparsify.roofline.work import ModelWork, storage_of, total
+from sparsify.roofline.work import ModelWork
 from sparsify.types import parse_pattern
 from tests.conftest import Run, refuse
 from tests.test_roofline import config_folder
 
 H200 = DEVICES["h200"]
 HERE = Device(
-    "here", "A processor", 1e10, {"bfloat16": 1e12}, {}, 16 * 10**9, "made up", ("A processor",), "cpu", "measured", 2
-)
+    "here", "A processor", 1e10, {"bfloat16": 1e12}, {}, 16 * 10**9, "made up", ("A processor",), "cpu", "measured", 2,
+    cores=4,
+)  # fmt: skip
 SMALL = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000}
 
 
@@ -41,10 +44,12 @@ def llama_1b(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
 
 
 def lines(kernels: list[dict[str, Any]], device: str = "NVIDIA H200", precision: str | None = None) -> list[Any]:
-    """The records of one run in which these kernels were measured."""
+    """The records of one run in which these kernels were measured, on a machine like ``HERE``."""
     head = {"run": "a" * 16, "artifact": "2:4"}
+    host = {"cores": HERE.cores, "memory_bytes": HERE.memory_bytes}
+    ceilings = {"device": device, "how": "measured", "bytes_per_s": HERE.bytes_per_s, "flops": dict(HERE.flops)}
     return [
-        {**head, "record": "run", "ceilings": [{"device": device}]},
+        {**head, "record": "run", "environment": {"host": host}, "ceilings": [ceilings]},
         {**head, "record": "artifact", "precision": precision},
         *({**head, "record": "kernel", **kernel} for kernel in kernels),
     ]
@@ -202,15 +207,27 @@ def test_memory_is_that_of_weights_and_cache(llama_8b: Skeleton) -> None:
 # Verdicts.
 
 
-def test_small_models_do_not_pay_on_gpus_by_2_4(llama_1b: Skeleton) -> None:
+def test_small_models_do_not_pay_on_gpus(llama_1b: Skeleton) -> None:
     made = plan(llama_1b, H200, ("2:4", "0.7"), "float8")
     assert made.n_weights < published.SMALL_MODEL
-    found = verdict(made, "2:4")
-    assert found.pays == "no"
-    assert "launches" in found.reasons[0]
-    assert "SlideSparse" in found.reasons[0]
-    # Nothing was published of such weights; roofs alone leave it open.
-    assert verdict(made, "0.7").pays == "unclear"
+    for pattern, of in (("2:4", "published: "), ("0.7", "published of 2:4 alone: ")):
+        found = verdict(made, pattern)
+        assert found.pays == "no"
+        (reason,) = found.reasons
+        assert "launches" in reason
+        assert f"{of}SlideSparse" in reason
+    assert all(row.too_small for row in made.steps)
+    # Nor does another type of the dense model gain what its roof says.
+    sixteen = plan(llama_1b, H200, ("2:4", "0.7"))
+    assert all(row.too_small for row in sixteen.alternative)
+    assert not any("free alternative" in note for note in notes(sixteen))
+    assert any(note.startswith("too small: ") for note in notes(sixteen))
+    assert [each.pays for each in verdicts(sixteen)] == ["no", "no"]
+    # Products that were measured tell, and on a CPU a launch costs nothing.
+    points = from_records(lines([kernel(shape=shape) for shape in {row.shape for row in made.linears}]), H200)
+    told = plan(llama_1b, H200, ("2:4",), points=points)
+    assert [step(told, "2:4", phase).too_small for phase in ("decode", "prefill")] == [False, True]
+    assert not any(row.too_small for row in plan(llama_1b, HERE).steps)
     # Where whole steps of such a size were published, they tell.
     options: dict[str, Any] = {"dtype": "float8", "batches": (64,), "patterns": ("2:4",)}
     for prompt, pays in ((32, "no"), (256, "yes")):
@@ -326,6 +343,17 @@ def test_the_command_plans_a_config_without_weights(cli: Run, tmp_path: Path) ->
     assert body["verdicts"][0]["reasons"]
 
 
+def test_the_command_shows_no_range_of_a_small_model_on_a_gpu(cli: Run, tmp_path: Path) -> None:
+    folder = config_folder(tmp_path / "1b", **SMALL)
+    shown = cli("plan", folder, "--device", "h200", "--pattern", "2:4", "--pattern", "0.7").stdout
+    steps = shown.partition("PREDICTED for each linear")[0]
+    assert "too" in steps
+    assert "up to" not in steps
+    assert "may pay" not in shown
+    assert shown.count("does not pay") == 2
+    assert "Note: too small: " in shown
+
+
 def test_the_command_measures_here(cli: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsify.roofline import ceilings
 
@@ -349,6 +377,19 @@ def test_the_command_takes_records(cli: Run, tmp_path: Path, monkeypatch: pytest
     assert any(row["basis"] == "measured on NVIDIA H200 SXM" for row in body["linears"])
     result = cli("plan", folder, "--device", "b200", *arguments)
     refuse(result, 2, "no kernel was measured on NVIDIA B200", "those of NVIDIA H200")
+    # A processor of the same name in another machine.
+    from sparsify.roofline import ceilings
+
+    made = tuple(lines([kernel(threads=2)], HERE.full_name))
+    monkeypatch.setattr(records, "read", lambda files: records.Records(made, ("",) * 3))
+    for cores, basis in ((4, "measured here"), (8, "measured on a CPU named A processor")):
+        measured = SimpleNamespace(device=replace(HERE, cores=cores))
+        monkeypatch.setattr(ceilings, "measure_ceilings", lambda device, quick, found=measured: found)
+        monkeypatch.setattr(table, "table_for", lambda device: None)
+        done = cli("plan", folder, *arguments, "--json")
+        found = {row["basis"].removesuffix(CLIPPED) for row in json.loads(done.stdout)["linears"]}
+        assert found == {basis, ROOF_ONLY}
+        assert ("other cores, memory or ceilings" in done.stderr) == (cores == 8)
 
 
 def test_the_command_refuses_in_one_line(cli: Run, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != manifest.RUN
+        if path.is_file() and path.name not in manifest.ABOUT_RUN
     }
 
 
@@ -348,7 +348,9 @@ def test_a_failed_run_resumes_and_another_recipe_is_refused(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("damage", ["json", "deep", "list", "hidden", "shard", "threads", "blocks", "rows"])
+@pytest.mark.parametrize(
+    "damage", ["json", "deep", "list", "hidden", "inputs", "shard", "threads", "blocks", "numbers", "rows"]
+)
 def test_damaged_interrupted_work_is_noticed(
     damage: str, llama: Path, tmp_path: Path, ids_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,16 +363,20 @@ def test_damaged_interrupted_work_is_noticed(
     stored = json.loads((partial / ".state.json").read_text())
     state = stored["state"]
     if damage == "shard":
-        (partial / state["blocks"][0]["file"]).write_bytes(b"short")
+        (partial / state["blocks"]["0"]["file"]).write_bytes(b"short")
     elif damage == "hidden":
         (partial / "hidden.1").write_bytes(b"other")
-        state["hidden"] = [{"file": "hidden.1", "crc32": 1}]
+        state["hidden"] = {"hidden.1": 1}
+    elif damage == "inputs":
+        del state["blocks"]["1"]
     elif damage == "threads":
         state["threads"] = "many"
     elif damage == "blocks":
-        state["blocks"] = [{}]
+        state["blocks"] = {"0": {}}
+    elif damage == "numbers":
+        state["blocks"]["7"] = state["blocks"].pop("1")
     elif damage == "rows":
-        state["blocks"][0]["linears"][0].pop("zeros")
+        state["blocks"]["0"]["linears"][0].pop("zeros")
     text = {"json": '{"state": [', "deep": "[" * 10**5, "list": "[1]"}.get(damage) or json.dumps(stored)
     (partial / ".state.json").write_text(text)
     with pytest.raises(OutputError, match="--overwrite"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsify.solvers.exact import exact
-from sparsify.solvers.quadratic import retarget
+from sparsify.solvers.targets import retarget
 from tests.problems import gap, gram_of, inputs, random, random_keep
 
 

@@ -13,20 +13,10 @@ from sparsify.errors import ModelError, UsageError
 from sparsify.model import Skeleton, load_skeleton
 from sparsify.roofline import published
 from sparsify.roofline.attention import Attention
+from sparsify.roofline.bounds import DENSE, Storage, Work, bound, linear_work, storage_of, total
 from sparsify.roofline.ceilings import measure_ceilings
 from sparsify.roofline.devices import DEVICES, DTYPE_BYTES, Device, dtype_name, find_device
-from sparsify.roofline.work import (
-    DENSE,
-    LinearGroup,
-    ModelWork,
-    Storage,
-    Work,
-    bound,
-    linear_work,
-    step_roof,
-    storage_of,
-    total,
-)
+from sparsify.roofline.work import LinearGroup, ModelWork, step_roof
 from sparsify.types import parse_pattern
 from tests.conftest import CONFIGS
 

@@ -64,7 +64,7 @@ def test_copies_pickles_and_state_dicts_compute_the_same() -> None:
                 assert all(torch.equal(other(x), layer(x)) for other in others)
             for name in {"values", "dense"} & set(empty.state_names):
                 empty.get_buffer(name).zero_()
-        assert {other.kernel_name for other in others} == {kernel.name}
+        assert {other.kernel_name for other in others} == {kernel.reported}
 
 
 def test_casts_change_the_weight_and_nothing_that_it_is_made_from() -> None:

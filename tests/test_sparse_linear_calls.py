@@ -21,7 +21,7 @@ from sparsify.kernels.packed_reference import PACKED
 from sparsify.kernels.table import Entry, Table, Times, device_key, places, write
 from sparsify.plugins.sparse_linear import SparseLinear, linear
 from sparsify.types import NofM
-from tests.sparse_layers import BF16, F32, NAMES, NO_NATIVE, zeroed
+from tests.sparse_layers import BF16, F32, NAMES, NO_NATIVE, kernel_of, zeroed
 
 N_OUT, N_IN = 40, 56
 PATTERNS = [NofM(2, 4), NofM(4, 8), NofM(1, 4), NofM(3, 7), None]
@@ -162,7 +162,7 @@ def test_models_run_under_autocast_as_before(kernel: str) -> None:
         return model
 
     model, ordinary = compress_(made(), kernel), made()
-    assert set(engaged(model).values()) == {kernel}
+    assert {kernel_of(ran) for ran in engaged(model).values()} == {kernel}
     x = torch.randn(2, 5, N_IN, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype=BF16):
         # With gradients, which are refused only when somebody asks for them.
@@ -258,10 +258,9 @@ def test_a_second_call_chooses_for_the_threads_of_that_time(
         write(Table(device_key(device), n, {}, {}, (entry,)), places(device)["measured here"])
     model = nn.Sequential(linear(zeroed((N_OUT, N_IN), None, BF16), None))
     weight = model[0].weight.clone()  # type: ignore[operator]
-    for n, name, plan in (
-        (2, "native", "slices"), (3, "dense", ""), (4, "native+dense", "slices<=1,dense"), (2, "native", "slices"),
-        (4, "native+dense", "slices<=1,dense"), (3, "dense", ""),
-    ):  # fmt: skip
+    two, three = (2, "native+expanded:1-", "slices"), (3, "dense", "")
+    four = (4, "native+dense:2-+expanded:1-1", "slices<=1,dense")
+    for n, name, plan in (two, three, four, two, four, three):
         before = engaged(model)
         torch.set_num_threads(n)
         assert engaged(model) == before

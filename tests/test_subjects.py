@@ -1,6 +1,10 @@
 """What may be measured and compared: artifacts as they were exported, and their own dense model."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +22,7 @@ def pruned(prune: Run, tmp_path: Path) -> Path:
 
 def test_an_artifact_and_its_model(pruned: Path, llama: Path) -> None:
     dense, sparse = identify([str(llama), str(pruned)])
-    check_baseline(sparse, dense)
+    assert check_baseline(sparse, dense) == []
     assert (dense.label, sparse.label) == ("llama", "out")
     record = sparse.record("candidate")
     assert (record["pattern"], record["method"], record["sparsity"], record["kind"]) == (
@@ -63,8 +67,6 @@ def test_a_baseline_of_another_model_is_refused(pruned: Path, tmp_path: Path) ->
 
 
 def test_a_baseline_with_another_tokenizer_is_refused(pruned: Path, llama: Path, tmp_path: Path) -> None:
-    import shutil
-
     fp8 = Path(shutil.copytree(llama, tmp_path / "fp8"))
     (llama / "tokenizer.json").write_text("{}")
     (fp8 / "tokenizer.json").write_text('{"other": 1}')
@@ -84,8 +86,6 @@ def test_what_is_no_model_is_refused(tmp_path: Path, llama: Path) -> None:
 
 
 def test_labels_are_as_short_as_tells_them_apart(llama: Path, tmp_path: Path) -> None:
-    import shutil
-
     paths = [tmp_path / name for name in ("a/hf", "b/hf", "b/onnx")]
     for path in paths:
         shutil.copytree(llama, path)
@@ -122,11 +122,66 @@ def test_the_current_folder_has_a_name(pruned: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_files_of_another_tokenizer_library_do_not_matter(llama: Path, tmp_path: Path) -> None:
-    import shutil
-
     other = Path(shutil.copytree(llama, tmp_path / "other"))
     (llama / "tokenizer.json").write_text("{}")
     (other / "tokenizer.json").write_text("{}")
     (other / "tokenizer.model").write_bytes(b"of sentencepiece")
     dense, candidate = identify([str(llama), str(other)])
-    check_baseline(candidate, dense)
+    assert check_baseline(candidate, dense) == []
+
+
+def _copy(model: Path, to: Path, **config: Any) -> Path:
+    """A copy with other weights, and with ``config`` in its config."""
+    shutil.copytree(model, to)
+    weights = to / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    body = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**body, **config}))
+    return to
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_hidden_layers": 5}, {"hidden_size": 64}, {"vocab_size": 77}, {"model_type": "mistral"},
+        {"text_config": {"hidden_size": 64}},
+    ],
+)  # fmt: skip
+def test_without_a_manifest_the_configs_have_to_be_alike(llama: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    dense, candidate = identify([str(llama), str(_copy(llama, tmp_path / "other", **config))])
+    ((key, value),) = config.get("text_config", config).items()
+    with pytest.raises(UsageError, match=f"key {key} in its config.json is .*, in that of .*other {value}; give"):
+        check_baseline(candidate, dense)
+
+
+def test_what_nothing_tells_is_a_doubt(llama: Path, pruned: Path, tmp_path: Path) -> None:
+    dense, same = identify([str(llama), str(_copy(llama, tmp_path / "same"))])
+    (doubt,) = check_baseline(same, dense)
+    assert "no manifest names its shards" in doubt
+    assert "alike in model_type, num_hidden_layers, hidden_size, vocab_size" in doubt
+    # A manifest that does not say what it was made from, and one of a baseline that does not.
+    (sparse,) = identify([str(pruned)])
+    other = _copy(llama, tmp_path / "other", vocab_size=77)
+    nothing: frozenset[str] = frozenset()
+    for candidate, baseline in ((replace(sparse, source=nothing), dense), (sparse, replace(dense, source=nothing))):
+        assert check_baseline(candidate, baseline) == [doubt]
+        with pytest.raises(UsageError, match="key vocab_size"):
+            check_baseline(candidate, replace(baseline, folder=other))
+    bare = replace(same, folder=tmp_path / "without config")
+    (doubt,) = check_baseline(bare, dense)
+    assert "nor do configs" in doubt
+
+
+def test_tokenizers_without_a_common_file_are_a_doubt(llama: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(llama, tmp_path / "other"))
+    (other / "tokenizer.model").write_bytes(b"of sentencepiece")
+    for there in ("tokenizer.json", None):
+        if there:
+            (llama / there).write_text("{}")
+        else:
+            (llama / "tokenizer.json").unlink()
+        dense, candidate = identify([str(llama), str(other)])
+        (doubt,) = check_baseline(candidate, dense)
+        assert "no tokenizer file in common" in doubt

@@ -361,14 +361,14 @@ def test_auto_takes_what_was_measured_to_be_faster(folders: dict[str, Path]) -> 
     times = {1: {"dense": 10.0, first: 5.0}, 512: {"dense": 100.0, "slices": 99.0}}
     write(here(entry(times)), folders["measured here"])
     choice = choose(WEIGHT, "auto")
-    assert (choice.name, choice.plan, choice.reason) == ("native", f"{first}<=1,slices", "")
+    assert (choice.name, choice.plan, choice.reason) == ("native+expanded:2-", f"{first}<=1,slices", "")
     assert choice.kernel is not None
     state = choice.kernel.prepare(WEIGHT)
     assert "dense" not in state.tensors
     times[512]["slices"] = 200.0
     write(here(entry(times)), folders["measured here"])
     choice = choose(WEIGHT, "auto")
-    assert (choice.name, choice.plan) == ("native+dense", f"{first}<=1,dense")
+    assert (choice.name, choice.plan) == ("native+dense:2-", f"{first}<=1,dense")
     assert choice.kernel is not None
     assert "dense" in choice.kernel.prepare(WEIGHT).tensors
     times[1][first] = 20.0
@@ -383,13 +383,14 @@ def test_auto_takes_what_was_measured_to_be_faster(folders: dict[str, Path]) -> 
 @needs_native
 def test_native_by_name_says_that_nothing_was_measured(folders: dict[str, Path]) -> None:
     choice = choose(WEIGHT, "native")
-    assert choice.name == "native"
+    assert choice.kernel is not None
+    assert choice.name == choice.kernel.reported
     assert choice.plan == native.plan_without_measurements(torch.bfloat16)
     assert choice.reason == NOT_MEASURED
     times = {1: {"dense": 1.0, ways()[0]: 5.0}, 512: {"dense": 1.0, "slices": 2.0}}
     write(here(entry(times)), folders["shipped"])
     choice = choose(WEIGHT, "native")
-    assert (choice.name, choice.plan, choice.reason) == ("native", f"{ways()[0]}<=1,slices", "")
+    assert (choice.name, choice.plan, choice.reason) == ("native+expanded:2-", f"{ways()[0]}<=1,slices", "")
     half = encode(torch.ones(8, 8).half())
     assert choose(half, "native").reason.startswith("native cannot take it: its values are torch.float16")
     assert "float16" in choose(half, "auto").reason
@@ -420,7 +421,7 @@ def test_a_gpu_kernel_is_chosen_if_it_is_faster_for_all_numbers_of_tokens(monkey
     for times, name, why in cases:
         monkeypatch.setattr(dispatch, "table_for", lambda device, times=times: here(entry(times)))
         choice = dispatch._on_gpu(WEIGHT, torch.bfloat16)
-        assert choice.name == name
+        assert choice.name == (f"{name}+expanded:65-" if name == "triton" else name)
         assert choice.reason.startswith(why)
     monkeypatch.setattr(dispatch, "table_for", lambda device: None)
     assert dispatch._on_gpu(WEIGHT, torch.bfloat16).reason == NOT_MEASURED
