@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from sparsify.solvers.factor import reorder_
 from sparsify.solvers.quadratic import Gram
 from sparsify.stats import InputStats
 
@@ -56,9 +58,18 @@ class Grams:
         self._made.pop(id(stats), None)
 
     def reordered(self, stats: InputStats, perm: torch.Tensor) -> InputStats:
-        """``stats`` with inputs in the order ``perm``, whose matrix takes over what is known of theirs."""
-        moved = stats.permuted(perm)
-        made = self._made.pop(id(stats), None)
-        if made is not None:
-            self._made[id(moved)] = moved, made[1].permuted(perm)
+        """``stats`` with inputs in the order ``perm``, whose matrix takes over what is known of theirs.
+
+        They take their matrices over as well, in the same storage: ``stats`` are of no more use.
+        """
+        _, made = self._made.pop(id(stats), (None, None))
+        after = None if made is None else made.permuted(perm, in_place=True)
+        # A silent input's matrix is not the one that was collected.
+        apart = stats.gram is not None and (made is None or made.matrix is not stats.gram)
+        for matrix in (stats.gram if apart else None, stats.drift):
+            if matrix is not None:
+                reorder_(matrix, perm)
+        moved = replace(replace(stats, gram=None, drift=None).permuted(perm), gram=stats.gram, drift=stats.drift)
+        if after is not None:
+            self._made[id(moved)] = moved, after
         return moved

@@ -18,10 +18,11 @@ from sparsify.solvers.dsnot import dsnot
 from sparsify.solvers.exact import exact
 from sparsify.solvers.fista import fista
 from sparsify.solvers.mrp import mrp
-from sparsify.solvers.quadratic import Gram, Solution, retarget, value
+from sparsify.solvers.quadratic import Gram, Solution, distance, removal, value
 from sparsify.solvers.refit import refit
 from sparsify.solvers.sparsegpt import sparsegpt
 from sparsify.solvers.swaps import swaps
+from sparsify.solvers.targets import correction, retarget_
 from sparsify.stats import InputStats
 from sparsify.types import Pattern
 
@@ -64,7 +65,7 @@ def prune_layer(
     A system that is singular though the Gram matrix is not is solved with more damping, and the status says so.
 
     Args:
-        weight: what the layer should compute, float32: its dense weight, or its target (``quadratic.retarget``).
+        weight: what the layer should compute, float32: its dense weight, or its target (``targets.retarget``).
         stats: of its inputs; None where the plan needs no text.
         gram: of its inputs, where ``plan.needs_gram``.
         pattern: what to keep.
@@ -139,8 +140,8 @@ def _pruned(
         statuses.append(f"fallback: damping raised to {gram.damping_used:g}, the inputs' Gram matrix was singular")
     whole = value(weight, gram.matrix)
     before, after = (
-        value(v - weight, gram.matrix) / whole if whole > 0 else 0.0
-        for v in (weight.float().masked_fill(~keep, 0), solved)
+        error / whole if whole > 0 else 0.0
+        for error in (removal(weight, keep, gram.matrix), distance(weight, solved, gram.matrix))
     )
     return Outcome(solved, before, after, n_iter, _summary(statuses))
 
@@ -151,11 +152,20 @@ def target(weight: torch.Tensor, stats: InputStats | None, gram: Gram | None, pl
     The aim is ``own`` where there is nothing to compare with: no text, no token, or tokens routed otherwise than in the
     dense model; and ``dense`` where the output is added to no residual stream.
     """
-    if plan.aim == "own" or stats is None or gram is None or stats.drift is None or stats.n_tokens == 0:
-        return weight, "own"
+    moved, aim = pull(weight, stats, plan)
+    return (weight, "own") if moved is None or gram is None else (retarget_(weight, gram, moved), aim)
+
+
+def pull(weight: torch.Tensor, stats: InputStats | None, plan: Method) -> tuple[torch.Tensor | None, str]:
+    """What ``target`` needs of the dense model, ``targets.correction`` [out, in], and the aim; None where it is own.
+
+    It is the size of the weight, where the drift is that of the Gram matrix and of no more use then.
+    """
+    if plan.aim == "own" or stats is None or stats.drift is None or stats.n_tokens == 0:
+        return None, "own"
     shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == weight.shape[0] else None
     share = plan.setting("aim.residual_share") if plan.aim == "residual" else 0.0
-    moved = retarget(weight, gram, stats.drift, plan.setting("aim.share"), shift, share)
+    moved = correction(weight, stats.drift, plan.setting("aim.share"), shift, share)
     return moved, "dense" if shift is None else "residual"
 
 
@@ -169,7 +179,7 @@ def salience(
     if plan.score != "own":
         return SCORES[plan.score](weight, stats, plan, seed)
     assert gram is not None
-    return weight.float().square() / gram.inverse.diagonal().float()
+    return weight.float().square().div_(gram.inverse_diagonal)
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -253,7 +263,7 @@ def _solve_fista(
     if kind == "sparsegpt":
         start = sparsegpt(weight, gram, pattern, group=plan.group).weight
     elif kind == "wanda":
-        size = weight.float().abs() * gram.matrix.diagonal().sqrt()
+        size = weight.float().abs().mul_(gram.matrix.diagonal().sqrt())
         start = weight.float() * keep_mask(size, pattern, default_group=plan.group)
     else:
         start = weight

@@ -6,9 +6,13 @@ quantised tie often, so the order is part of the result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 
+from sparsify.chunks import chunks
 from sparsify.errors import NumericsError, UsageError
 from sparsify.types import NofM, Pattern, Unstructured
 
@@ -21,6 +25,8 @@ def keep_mask(score: torch.Tensor, pattern: Pattern, *, default_group: str = "la
 
     Solves: maximise the sum of kept scores subject to the pattern. Exact, since groups are independent.
 
+    Working set: the mask, 6 chunks of rows, and the scores close to the lowest that is kept.
+
     Args:
         score: [out, in] float, higher = more worth keeping.
         pattern: what to keep.
@@ -30,17 +36,55 @@ def keep_mask(score: torch.Tensor, pattern: Pattern, *, default_group: str = "la
         NumericsError: a NaN in the score.
         UsageError: M does not divide the width.
     """
-    if torch.isnan(score).any():
+    return keep_by(lambda rows: score[rows], score, pattern, default_group=default_group)
+
+
+def keep_largest(weight: torch.Tensor, pattern: Pattern, *, default_group: str = "layer") -> torch.Tensor:
+    """``keep_mask`` of |``weight``|, which is never there as a whole."""
+    return keep_by(lambda rows: weight[rows].abs(), weight, pattern, default_group=default_group)
+
+
+def keep_by(
+    score: Callable[[slice], torch.Tensor], like: torch.Tensor, pattern: Pattern, *, default_group: str = "layer"
+) -> torch.Tensor:
+    """``keep_mask`` of a score that is computed for a few rows at a time, several times over.
+
+    Args:
+        score: rows -> their score [rows, in] float.
+        like: [out, in], a tensor of that shape on that device.
+        pattern: what to keep.
+        default_group: comparison group where the pattern leaves it open.
+
+    Raises:
+        NumericsError: a NaN in the score.
+        UsageError: M does not divide the width.
+    """
+    n_out, n_in = like.shape
+    group = (pattern.group or default_group) if isinstance(pattern, Unstructured) else "row"
+    if group not in ("layer", "row"):
+        raise UsageError(f"group {group!r} is unknown; choose layer or row")
+    if isinstance(pattern, NofM) and n_in % pattern.m:
+        raise UsageError(f"pattern {pattern}: a width of {n_in} is not a multiple of {pattern.m}")
+    parts = list(chunks(n_out, n_in))
+    keep = torch.empty(n_out, n_in, dtype=torch.bool, device=like.device)
+    if group == "layer":
+        assert isinstance(pattern, Unstructured)
+        return _keep_of_all(score, keep, parts, int(pattern.sparsity * n_out * n_in))
+    for rows in parts:
+        part = _checked(score(rows))
+        keep[rows] = _keep_n_of_m(part, pattern) if isinstance(pattern, NofM) else _keep_of_rows(part, pattern)
+    return keep
+
+
+def _checked(score: torch.Tensor) -> torch.Tensor:
+    # The greatest is NaN if anything is.
+    if score.numel() and torch.isnan(score.max()):
         raise NumericsError("the score holds NaN; check the weights and the calibration activations")
-    if isinstance(pattern, NofM):
-        return _keep_n_of_m(score, pattern)
-    return _keep_unstructured(score, pattern, pattern.group or default_group)
+    return score
 
 
 def _keep_n_of_m(score: torch.Tensor, pattern: NofM) -> torch.Tensor:
     n_out, n_in = score.shape
-    if n_in % pattern.m:
-        raise UsageError(f"pattern {pattern}: a width of {n_in} is not a multiple of {pattern.m}")
     if pattern.m > _FEW:
         # Stable: among equal scores the lower index comes first and is removed first.
         order = score.reshape(n_out, -1, pattern.m).sort(dim=2, stable=True).indices
@@ -60,19 +104,43 @@ def _keep_n_of_m(score: torch.Tensor, pattern: NofM) -> torch.Tensor:
     return keep.permute(1, 2, 0).reshape(n_out, n_in)
 
 
-def _keep_unstructured(score: torch.Tensor, pattern: Unstructured, group: str) -> torch.Tensor:
-    if group not in ("layer", "row"):
-        raise UsageError(f"group {group!r} is unknown; choose layer or row")
-    groups = score.reshape(1, -1) if group == "layer" else score
-    n_remove = int(pattern.sparsity * groups.shape[1])
+def _keep_of_rows(score: torch.Tensor, pattern: Unstructured) -> torch.Tensor:
+    n_remove = int(pattern.sparsity * score.shape[1])
     if n_remove == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    threshold = _kth_smallest(groups, n_remove)
-    below = groups < threshold
-    tied = groups == threshold
-    n_tied_to_remove = n_remove - below.sum(dim=1, keepdim=True)
-    removed = below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= n_tied_to_remove))
-    return ~removed.reshape(score.shape)
+    threshold = _kth_smallest(score, n_remove)
+    below = score < threshold
+    tied = score == threshold
+    return ~(below | (tied & (tied.cumsum(dim=1, dtype=torch.int32) <= n_remove - below.sum(dim=1, keepdim=True))))
+
+
+def _keep_of_all(
+    score: Callable[[slice], torch.Tensor], keep: torch.Tensor, parts: list[slice], n_remove: int
+) -> torch.Tensor:
+    """All rows in one comparison; fills ``keep`` and returns it."""
+    if len(parts) == 1:
+        whole = score(parts[0])
+        score = partial(_itself, whole)
+    for rows in parts:
+        _checked(score(rows))
+    if n_remove == 0:
+        return keep.fill_(True)
+    if len(parts) == 1:
+        threshold = _kth_smallest(whole.reshape(1, -1), n_remove)
+    else:
+        threshold = _kth_smallest_of(score, parts, n_remove)
+    left = n_remove - sum(int((score(rows) < threshold).count_nonzero()) for rows in parts)
+    for rows in parts:
+        part = score(rows)
+        tied = (part == threshold).reshape(-1)
+        removed = (part < threshold).reshape(-1).logical_or_(tied & (tied.cumsum(dim=0, dtype=torch.int32) <= left))
+        keep[rows] = ~removed.reshape(part.shape)
+        left = max(left - int(tied.count_nonzero()), 0)
+    return keep
+
+
+def _itself(score: torch.Tensor, rows: slice) -> torch.Tensor:
+    return score
 
 
 def _kth_smallest(groups: torch.Tensor, k: int) -> torch.Tensor:
@@ -83,17 +151,35 @@ def _kth_smallest(groups: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(np.partition(groups.detach().numpy(), k - 1, axis=1)[:, k - 1 : k])
 
 
+def _kth_smallest_of(score: Callable[[slice], torch.Tensor], parts: list[slice], k: int) -> torch.Tensor:
+    """The k-th smallest of all ``parts``, [1, 1]: counted by leading bits, then sought among those that share its."""
+    counts = sum(torch.bincount(_leading_bits(score(rows)), minlength=1 << 16) for rows in parts)
+    assert isinstance(counts, torch.Tensor)
+    up_to = counts.cumsum(0)
+    at = int((up_to < k).sum())
+    close = []
+    for rows in parts:
+        part = score(rows).reshape(-1)
+        close.append(part[_leading_bits(part) == at])
+    return _kth_smallest(torch.cat(close).unsqueeze(0), k - int(up_to[at] - counts[at]))
+
+
+def _leading_bits(score: torch.Tensor) -> torch.Tensor:
+    """The sign, the exponent and 7 more bits of float32 numbers, as whole numbers in the same order."""
+    bits = score.detach().float().contiguous().view(torch.int32).reshape(-1)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).bitwise_right_shift_(16).add_(1 << 15)
+
+
 def satisfies(weight: torch.Tensor, pattern: Pattern) -> bool:
     """True if the zeros of ``weight`` [out, in] fulfil the pattern.
 
     That is at most N non-zeros in each group of M, or at least the asked number of zeros in the layer or each row.
     """
-    zero = weight == 0
-    if isinstance(pattern, NofM):
-        if weight.shape[1] % pattern.m:
-            return False
-        zeros_per_group = zero.reshape(weight.shape[0], -1, pattern.m).sum(dim=2)
-        return bool((zeros_per_group >= pattern.m - pattern.n).all())
-    if pattern.group == "row":
-        return bool((zero.sum(dim=1) >= int(pattern.sparsity * weight.shape[1])).all())
-    return int(zero.sum()) >= int(pattern.sparsity * weight.numel())
+    if not isinstance(pattern, NofM) and pattern.group != "row":
+        return weight.numel() - int(weight.count_nonzero()) >= int(pattern.sparsity * weight.numel())
+    width = pattern.m if isinstance(pattern, NofM) else weight.shape[1]
+    if weight.shape[1] % width:
+        return False
+    wanted = int(pattern.sparsity * width)
+    parts = (weight[rows] == 0 for rows in chunks(*weight.shape))
+    return all(bool((zero.reshape(len(zero), -1, width).sum(dim=2) >= wanted).all()) for zero in parts)

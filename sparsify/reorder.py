@@ -121,7 +121,11 @@ class Reorder:
         weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
         gram = grams.of(stats, spec.name)
         aim, _ = target(weight, stats, gram, self.plan)
-        return salience(aim, stats, gram, self.plan, seed_of(spec.name, self.seed))
+        worth = salience(aim, stats, gram, self.plan, seed_of(spec.name, self.seed))
+        if gram is not None:
+            # The search needs memory, and in another order of the inputs the factor is another.
+            gram.release()
+        return worth
 
     def _search(self, score: torch.Tensor, spec: LinearSpec) -> torch.Tensor:
         pattern = self.patterns[spec.name]

@@ -5,11 +5,15 @@ Boža, "Fast and Effective Weight Update for Pruned Large Language Models", arXi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
 
-from sparsify.masks import keep_mask
+from sparsify.chunks import chunks
+from sparsify.errors import NumericsError
+from sparsify.masks import keep_by, keep_largest
+from sparsify.solvers.factor import factorise_, invert_, times_inverse_
 from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.types import NofM, Pattern, Unstructured
 
@@ -37,6 +41,9 @@ def admm(
     For N:M the schedule first decides over the whole linear among the weights that N:M may remove (all but the best N
     of each group), so it ends at N:M exactly.
 
+    Working set: the Gram matrix and its inverse, float32 (5 more such while it is inverted, unless ``Gram.wide``);
+    beside ``weight``, 2 float32 weights (target, and the sum of iterate and dual), 3 masks and 6 chunks of rows.
+
     Args:
         weight: [out, in].
         gram: inputs; its damping is not used, the paper's regulariser, 0.1 of the scaled diagonal, is.
@@ -51,30 +58,52 @@ def admm(
         usual: the number of iterations is the method's own rule.
     """
     scale = _units(gram)
-    regularised = gram.matrix / scale / scale[:, None]
-    regularised.diagonal().add_(_REGULARISER)
-    system = regularised.double()
-    system.diagonal().add_(_RHO)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system)).float()
-    dense = gram.live(weight).mul_(scale)
-    target = dense @ regularised
-    iterate, dual = dense.clone(), torch.zeros_like(dense)
-    mask = torch.ones_like(dense, dtype=torch.bool) if keep is None else keep
-    gap = float("inf")
+    # Of iterate B and dual U only the sum is kept: what the mask lets through of it is the projection, the rest is the
+    # next U. It begins as the dense weights.
+    total = gram.live(weight).mul_(scale)
+    target = torch.empty_like(total)
+    inverse = _inverse(gram, scale, total, target)
+    mask = torch.ones_like(total, dtype=torch.bool) if keep is None else keep
     # A schedule that outlasts the iterations would end short of the pattern.
     n_gradual = max(min(n_gradual, n_iter), 1)
+    size = gap = 0.0
     for t in range(n_iter):
-        shifted = iterate + dual
         if keep is None and t < n_gradual:
-            mask = _gradual(shifted.abs(), pattern, group, t + 1, n_gradual)
-        projected = shifted * mask
-        dual += iterate
-        dual -= projected
-        iterate = (target + _RHO * (projected - dual)) @ inverse
-        if t == n_iter - 1:
-            size = float(torch.linalg.vector_norm(iterate))
-            gap = float(torch.linalg.vector_norm(iterate - projected)) / size if size > 0 else 0.0
-    return Solution((iterate + dual) * mask / scale, mask, n_iter, "converged" if gap < 1e-3 else "max_iter")
+            mask = _gradual(total, pattern, group, t + 1, n_gradual)
+        size = gap = 0.0
+        for rows in chunks(*total.shape):
+            projected = total[rows] * mask[rows]
+            dual = total[rows] - projected
+            iterate = inverse(target[rows] + _RHO * (projected - dual))
+            torch.add(iterate, dual, out=total[rows])
+            if t == n_iter - 1:
+                size += float(torch.linalg.vector_norm(iterate, dtype=torch.float64)) ** 2
+                gap += float(torch.linalg.vector_norm(iterate.sub_(projected), dtype=torch.float64)) ** 2
+    close = gap < 1e-6 * size or size == 0
+    for rows in chunks(*total.shape):
+        total[rows].mul_(mask[rows]).div_(scale)
+    return Solution(total, mask, n_iter, "converged" if close else "max_iter")
+
+
+def _inverse(
+    gram: Gram, scale: torch.Tensor, dense: torch.Tensor, target: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Product with the inverse of the penalised system; ``target`` receives ``dense`` times the regularised matrix."""
+    regularised = gram.matrix / scale
+    regularised.div_(scale[:, None]).diagonal().add_(_REGULARISER)
+    for rows in chunks(*dense.shape):
+        target[rows] = dense[rows] @ regularised
+    if gram.wide:
+        regularised.diagonal().add_(_RHO)
+        # Its eigenvalues lie between 1.1 and the width.
+        if not factorise_(regularised):
+            raise NumericsError("the Gram matrix of the inputs is far from positive semidefinite")
+        invert_(regularised)
+        return lambda rows: times_inverse_(rows, regularised)
+    regularised = regularised.double()
+    regularised.diagonal().add_(_RHO)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(regularised)).float()
+    return lambda rows: rows @ inverse
 
 
 def _units(gram: Gram) -> torch.Tensor:
@@ -89,12 +118,16 @@ def _units(gram: Gram) -> torch.Tensor:
     return energy.clamp_min(floor).sqrt()
 
 
-def _gradual(score: torch.Tensor, pattern: Pattern, group: str, step: int, n_steps: int) -> torch.Tensor:
+def _gradual(total: torch.Tensor, pattern: Pattern, group: str, step: int, n_steps: int) -> torch.Tensor:
     # As exact fractions: the last step must be the pattern itself.
     level = 1 - (1 - Fraction(step, n_steps)) ** 3
     if isinstance(pattern, NofM):
-        final = keep_mask(score, pattern)
+        final = keep_largest(total, pattern)
         if step == n_steps:
             return final
-        return keep_mask(score.masked_fill(final, torch.inf), Unstructured(pattern.sparsity * level, "layer"))
-    return keep_mask(score, Unstructured(pattern.sparsity * level, pattern.group), default_group=group)
+
+        def score(rows: slice) -> torch.Tensor:
+            return total[rows].abs().masked_fill_(final[rows], torch.inf)
+
+        return keep_by(score, total, Unstructured(pattern.sparsity * level, "layer"))
+    return keep_largest(total, Unstructured(pattern.sparsity * level, pattern.group), default_group=group)

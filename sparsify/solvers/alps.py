@@ -6,9 +6,12 @@ Models", NeurIPS 2024, arXiv 2406.07831, algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from sparsify.masks import keep_mask
+from sparsify.chunks import chunks
+from sparsify.masks import keep_largest
 from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.solvers.refit import refit
 from sparsify.types import Pattern
@@ -38,6 +41,10 @@ def alps(
     Every third iteration ρ grows by 1.3, 1.2 or 1.1 according to how much of the support moved; at the first of these
     all of it counts as moved. The support of B ends as the mask, and conjugate gradients solve for the weights on it.
 
+    Working set: the Gram matrix and the inverse for the ρ at hand (where not ``Gram.wide``, eigenvectors and another
+    12 matrices while they are computed); beside ``weight``, 3 float32 weights (target, B, and what it is rounded
+    from), 3 masks and 6 chunks of rows.
+
     Args:
         weight: [out, in].
         gram: inputs, with damping (the paper's is 0.01).
@@ -54,29 +61,33 @@ def alps(
         NumericsError: a NaN in the weights.
     """
     scale, scaled = gram.scaled
-    dense = gram.live(weight).mul_(scale)
-    target = dense @ scaled
-    # One eigendecomposition serves every ρ: (G' + ρI)⁻¹ = Q (Λ + ρ)⁻¹ Qᵀ.
-    values, vectors = gram.spectrum
+    # B + U/ρ, of which ``support`` lets D through; U + ρ(B − D) is ρ times the rest, with the ρ of that iteration.
+    shifted = gram.live(weight).mul_(scale)
+    support = torch.ones_like(shifted, dtype=torch.bool)
+    target, iterate = torch.empty_like(shifted), torch.empty_like(shifted)
+    for rows in chunks(*shifted.shape):
+        target[rows] = shifted[rows] @ scaled
     status = "max_iter"
-    split, dual = dense.clone(), torch.zeros_like(dense)
-    inverse: torch.Tensor | None = None
+    inverse: Callable[[torch.Tensor], torch.Tensor] | None = None
     last: torch.Tensor | None = None
-    iterate = dense
+    earlier = rho
     t = 0
     for t in range(1, n_iter + 1):
         if inverse is None:
-            inverse = (vectors / (values + rho)) @ vectors.t()
-        iterate = torch.add(target, split, alpha=rho).sub_(dual) @ inverse
-        shifted = torch.add(iterate, dual, alpha=1 / rho)
-        support = keep_mask(shifted.abs(), pattern, default_group=group)
-        torch.mul(shifted, support, out=split)
-        # U + ρ(B − D) is ρ times what the projection removed.
-        torch.sub(shifted, split, out=dual).mul_(rho)
+            inverse = gram.resolvent(rho)
+        for rows in chunks(*shifted.shape):
+            split = shifted[rows] * support[rows]
+            dual = torch.sub(shifted[rows], split).mul_(earlier)
+            iterate[rows] = inverse(torch.add(target[rows], split, alpha=rho).sub_(dual))
+            torch.add(iterate[rows], dual, alpha=1 / rho, out=shifted[rows])
+        earlier = rho
+        support = keep_largest(shifted, pattern, default_group=group)
         if t % _CHECK_EVERY:
             continue
-        moved = int((support ^ last).sum()) / 2 if last is not None else float(support.sum())
-        share = moved / max(int(support.sum()), 1)
+        # Not sum(), which would make eight bytes of every bool.
+        size = int(support.count_nonzero())
+        moved = int((support ^ last).count_nonzero()) / 2 if last is not None else float(size)
+        share = moved / max(size, 1)
         last = support
         if moved < 1:
             status = "converged"
@@ -85,8 +96,9 @@ def alps(
         if t > n_settled and share < settled:
             status = "converged"
             break
-    keep = keep_mask(iterate.abs(), pattern, default_group=group)
-    result = (iterate / scale).masked_fill_(~keep, 0)
+    del target, shifted, inverse
+    keep = keep_largest(iterate, pattern, default_group=group)
+    result = iterate.div_(scale).masked_fill_(~keep, 0)
     if n_refit:
         result = refit(weight, gram, keep, start=result, n_iter=n_refit).weight
     return Solution(result, keep, t, status)

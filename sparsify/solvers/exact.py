@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsify.chunks import chunks
 from sparsify.errors import SingularError
 from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.solvers.refit import refit
@@ -21,6 +22,9 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
 
     No other weights on this mask have a lower objective for the damped G. Costs Σ_rows |K|³/3 multiplications.
 
+    Working set: the Gram matrix (and a factor once, where damping is not settled); beside ``weight``, 2 float32
+    weights, 5 chunks of rows and four times ``budget``.
+
     Args:
         weight: [out, in], dense.
         gram: inputs, with damping.
@@ -31,7 +35,9 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
     Raises:
         SingularError: a row's system is singular in spite of damping.
     """
-    counts = keep.sum(dim=1)
+    counts = torch.empty(len(keep), dtype=torch.long, device=keep.device)
+    for rows in chunks(*keep.shape):
+        counts[rows] = keep[rows].sum(dim=1)
     most = int(counts.max()) if keep.numel() else 0
     if most == 0:
         return Solution(torch.zeros(weight.shape, device=weight.device), keep)
@@ -40,27 +46,38 @@ def exact(weight: torch.Tensor, gram: Gram, keep: torch.Tensor, *, budget: int =
         return Solution(
             solution.weight, keep, solution.n_iter, f"fallback to conjugate gradients for memory: {solution.status}"
         )
-    dense = gram.live(weight)
+    with gram.loaded() as g:
+        return Solution(_by_rows(gram.live(weight), g, keep, counts, budget), keep)
+
+
+def _by_rows(
+    dense: torch.Tensor, g: torch.Tensor, keep: torch.Tensor, counts: torch.Tensor, budget: int
+) -> torch.Tensor:
+    """The optimum, which overwrites ``dense``."""
     # The change is solved for, not the weights: rounding is then relative to the change, and no removal means none.
-    target = dense.masked_fill(keep, 0) @ gram.damped
-    result = dense.masked_fill(~keep, 0)
+    target = torch.empty_like(dense)
+    for rows in chunks(*dense.shape):
+        target[rows] = dense[rows].masked_fill(keep[rows], 0) @ g
+    result = dense.masked_fill_(~keep, 0)
     # Systems of a batch are filled up to the largest: rows that keep as many go together.
     order, start = counts.argsort(descending=True), 0
+    # Where rows keep next to nothing, sorting their columns takes the most.
+    n_rows = next(chunks(*keep.shape)).stop
     while start < len(order) and (most := int(counts[order[start]])):
-        part = order[start : start + max(budget // (8 * most * most), 1)]
+        part = order[start : start + max(min(budget // (8 * most * most), n_rows), 1)]
         start += len(part)
         index, valid = _kept(keep[part], most)
         right = target[part].gather(1, index).mul_(valid).unsqueeze(2)
-        system = _system(gram.damped, index, valid)
+        system = _system(g, index, valid)
         factor, info = torch.linalg.cholesky_ex(system)
         if bool(info.any()):
-            factor, info = torch.linalg.cholesky_ex(_system(gram.damped, index, valid).double())
+            factor, info = torch.linalg.cholesky_ex(_system(g, index, valid).double())
             if bool(info.any()):
                 row = int(part[info.nonzero()[0]])
                 raise SingularError(f"the system of the kept weights of row {row} is singular at this damping")
         solved = torch.cholesky_solve(right.to(factor.dtype), factor).squeeze(2).float()
         result[part] = result[part].scatter_add_(1, index, solved.mul_(valid))
-    return Solution(result, keep)
+    return result
 
 
 def _kept(keep: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

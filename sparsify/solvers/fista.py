@@ -8,12 +8,14 @@ matrix, which is not the gradient unless dense and pruned inputs agree.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from sparsify.masks import keep_mask
-from sparsify.solvers.quadratic import Gram, Solution, lipschitz, value
+from sparsify.chunks import chunks
+from sparsify.masks import keep_largest
+from sparsify.solvers.quadratic import Gram, Solution, value
 from sparsify.types import Pattern
 
 # λ relative to the smallest λ whose solution is zero: where the bisection starts, and its ends.
@@ -50,8 +52,11 @@ def fista(
 
     A round runs ``n_iter`` FISTA steps from the best weights so far, at a fixed λ. If more than ``threshold`` of the
     error after rounding is due to rounding, λ is raised, else lowered, by bisection. The result is never worse than
-    the rounded ``start``. With dense targets, W is the unconstrained optimum for them (``quadratic.retarget``), which
+    the rounded ``start``. With dense targets, W is the unconstrained optimum for them (``targets.retarget``), which
     gives the paper's eq. 3 up to a constant.
+
+    Working set: the Gram matrix and, if ``scaled``, the scaled one (and a factor once, where damping is not settled);
+    beside ``weight`` and ``start``, 3 float32 weights (target, best and latest), a mask and 6 chunks of rows.
 
     Args:
         weight: [out, in], what the product with the inputs should equal.
@@ -70,42 +75,73 @@ def fista(
     Returns:
         the solution; ``n_iter`` counts rounds.
     """
-    scale, matrix = gram.scaled if scaled else (torch.ones_like(gram.damped[0]), gram.damped)
-    dense = gram.live(weight).mul_(scale)
-    target = dense @ matrix
-    step = lipschitz(matrix)
+    scale = gram.scaled[0] if scaled else torch.ones_like(gram.matrix[0])
     best = _rounded(gram.live(start).mul_(scale), pattern, group)
-    lowest = value(best - dense, matrix)
-    largest = float(target.abs().max()) if target.numel() else 0.0
-    low, high, penalty = (
-        (_KAPPA_LOW, _KAPPA_HIGH, _KAPPA) if scaled else (_LAMBDA_LOW, _LAMBDA_HIGH, _LAMBDA)
-    )  # fmt: skip
-    fruitless = done = 0
-    # A warm start without error leaves nothing to do, and the ratio below would be 0/0.
-    while n_iter and fruitless < patience and lowest > 0 and high > low:
-        done += 1
-        at = penalty * largest if scaled else penalty
-        soft = proximal_gradient(target, matrix, best, at, step, n_iter)
-        hard = _rounded(soft, pattern, group)
-        # Where inputs are singular, an error of nothing comes out of float32 products as a little less.
-        error, before = (max(value(v - dense, matrix), 0.0) for v in (hard, soft))
-        # Norms, not squares, as in the paper; negative when the start of a short run was not yet reached.
-        by_rounding = math.sqrt(error) - math.sqrt(before)
-        ratio = by_rounding / math.sqrt(error) if error > 0 else 0.0
-        if rounds is not None:
-            rounds.append(Round(at, ratio, float((soft == 0).float().mean()), error))
-        gain = (lowest - error) / lowest
-        if error < lowest:
-            best, lowest = hard, error
-            fruitless = 0
-            if gain < improvement:
-                break
-        else:
-            fruitless += 1
-        low, high = (penalty, high) if ratio > threshold else (low, penalty)
-        penalty = math.sqrt(low * high) if scaled else (low + high) / 2
-    keep = keep_mask(best.abs(), pattern, default_group=group)
-    return Solution(best / scale, keep, done, "converged")
+    del start
+    with nullcontext(gram.scaled[1]) if scaled else gram.loaded() as matrix:
+
+        def error_of(v: torch.Tensor) -> float:
+            delta = (v[rows] - gram.live(weight[rows]).mul_(scale) for rows in chunks(*v.shape))
+            return sum(value(part, matrix) for part in delta)
+
+        target = torch.empty_like(best)
+        for rows in chunks(*weight.shape):
+            target[rows] = gram.live(weight[rows]).mul_(scale) @ matrix
+        step = lipschitz(matrix)
+        lowest = error_of(best)
+        largest = max(float(target.max()), -float(target.min())) if target.numel() else 0.0
+        low, high, penalty = (
+            (_KAPPA_LOW, _KAPPA_HIGH, _KAPPA) if scaled else (_LAMBDA_LOW, _LAMBDA_HIGH, _LAMBDA)
+        )  # fmt: skip
+        fruitless = done = 0
+        # A warm start without error leaves nothing to do, and the ratio below would be 0/0.
+        while n_iter and fruitless < patience and lowest > 0 and high > low:
+            done += 1
+            at = penalty * largest if scaled else penalty
+            found = proximal_gradient(target, matrix, best, at, step, n_iter)
+            # Where inputs are singular, an error of nothing comes out of float32 products as a little less.
+            before = max(error_of(found), 0.0)
+            share = 1 - int(found.count_nonzero()) / found.numel() if rounds is not None else 0.0
+            found = _rounded(found, pattern, group)
+            error = max(error_of(found), 0.0)
+            # Norms, not squares, as in the paper; negative when the start of a short run was not yet reached.
+            by_rounding = math.sqrt(error) - math.sqrt(before)
+            ratio = by_rounding / math.sqrt(error) if error > 0 else 0.0
+            if rounds is not None:
+                rounds.append(Round(at, ratio, share, error))
+            gain = (lowest - error) / lowest
+            if error < lowest:
+                best, lowest = found, error
+                fruitless = 0
+                if gain < improvement:
+                    break
+            else:
+                fruitless += 1
+            low, high = (penalty, high) if ratio > threshold else (low, penalty)
+            penalty = math.sqrt(low * high) if scaled else (low + high) / 2
+            # Beside the next, one that was not the best would be a weight too many.
+            del found
+    keep = keep_largest(best, pattern, default_group=group)
+    return Solution(best.div_(scale), keep, done, "converged")
+
+
+def lipschitz(gram: torch.Tensor, *, n_iter: int = 50) -> float:
+    """An upper bound of the largest eigenvalue of ``gram`` that is close to it.
+
+    Power iteration converges from below, slowly where the spectrum is dense at its top, so twice the norm of its
+    residual is added, and 2 % of the sum. The start is fixed; only an eigenvector (almost) orthogonal to it could be
+    missed.
+    """
+    vector = torch.ones(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    vector += torch.linspace(-0.5, 0.5, len(vector), dtype=gram.dtype, device=gram.device)
+    size = 0.0
+    for _ in range(n_iter):
+        vector = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(gram.dtype).tiny)
+        image = gram @ vector
+        rayleigh = image @ vector
+        size = float(rayleigh + 2 * torch.linalg.vector_norm(image - rayleigh * vector))
+        vector = image
+    return 1.02 * size
 
 
 def proximal_gradient(
@@ -125,16 +161,26 @@ def proximal_gradient(
 
     Reference: Beck and Teboulle, SIAM J. Imaging Sciences 2 (2009); eq. 4 and 5 of the paper.
     """
-    shrink = torch.nn.Softshrink(penalty / step) if step > 0 else torch.nn.Identity()
-    current = ahead = start
-    t = 1.0
-    for _ in range(n_iter):
-        following = shrink(ahead - (ahead @ matrix - target) / step) if step > 0 else ahead
-        t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
-        ahead = torch.lerp(current, following, 1 + (t - 1) / t_next)
-        current, t = following, t_next
-    return current
+    result = start.clone()
+    if step <= 0:
+        return result
+    shrink = torch.nn.Softshrink(penalty / step)
+    # Rows know nothing of each other.
+    for rows in chunks(*start.shape):
+        current = ahead = start[rows]
+        t = 1.0
+        for _ in range(n_iter):
+            following = shrink(ahead - (ahead @ matrix - target[rows]) / step)
+            t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
+            ahead = torch.lerp(current, following, 1 + (t - 1) / t_next)
+            current, t = following, t_next
+        result[rows] = current
+    return result
 
 
 def _rounded(weight: torch.Tensor, pattern: Pattern, group: str) -> torch.Tensor:
-    return weight * keep_mask(weight.abs(), pattern, default_group=group)
+    """``weight`` on its largest, in the same storage."""
+    keep = keep_largest(weight, pattern, default_group=group)
+    for rows in chunks(*weight.shape):
+        weight[rows].mul_(keep[rows])
+    return weight

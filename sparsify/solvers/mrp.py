@@ -17,6 +17,7 @@ from itertools import combinations
 
 import torch
 
+from sparsify.chunks import chunks
 from sparsify.errors import NumericsError, SingularError, UsageError
 from sparsify.masks import keep_mask
 from sparsify.solvers.exact import exact
@@ -45,6 +46,9 @@ def mrp(
     group: str = "layer",
 ) -> Solution:
     """MRP on one linear.
+
+    Working set: the Gram matrix and U (``Gram``); beside ``weight``, 1 float32 weight and a mask, and the systems of a
+    block, up to 512 MiB; where all weights are free, then that of ``exact``.
 
     Args:
         weight: [out, in].
@@ -107,7 +111,7 @@ def _right_only(
             end = min(start + width, last)
             # With U the trailing corner of the factor, Uᵀ U is the inverse of the trailing matrix; its first columns
             # are those of ``corner`` alone.
-            corner = upper[start:end, start:end]
+            corner = upper[start:end, start:end].double()
             inverse = corner.t() @ corner
             part = work[:, start:end]
             if keep is None:
@@ -123,8 +127,10 @@ def _right_only(
             work[:, start:last].sub_(error @ upper[start:end, start:last].float())
             work[:, start:end].masked_fill_(gone, 0)
             errors[:, start - first : end - first] = error
-        if last < n_in:
-            work[:, last:].sub_(errors @ upper[first:last, last:].float())
+        passed_on = upper[first:last].float()
+        for some in chunks(n_in - last, len(work)):
+            columns = slice(last + some.start, last + some.stop)
+            work[:, columns].sub_(errors @ passed_on[:, columns])
     return work, mask
 
 

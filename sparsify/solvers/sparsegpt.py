@@ -28,6 +28,9 @@ def sparsegpt(
     optimum for the same mask (``mrp``, ``refit``). The mask of a block of columns is chosen when the block is reached,
     from the updated weights, by w² / U_jj².
 
+    Working set: the Gram matrix and U (``Gram``); beside ``weight``, 2 float32 weights (the columns at work, and the
+    result), 2 masks, and a block of columns a few times.
+
     Args:
         weight: [out, in].
         gram: inputs, with damping.
@@ -39,18 +42,21 @@ def sparsegpt(
         NumericsError: G is singular in spite of damping, or a NaN among the weights.
         UsageError: M does not divide the width.
     """
-    upper = gram.inverse_upper.float()
+    upper = gram.inverse_upper
+    pivots = upper.diagonal().float()
     n_out, n_in = weight.shape
     # Transposed, so that a column of the weight is contiguous.
-    work = gram.live(weight).t().contiguous()
+    work = torch.empty(n_in, n_out, device=weight.device).copy_(weight.detach().t())
+    work.masked_fill_(gram.dead[:, None], 0)
     mask = torch.ones(n_in, n_out, dtype=torch.bool, device=work.device) if keep is None else keep.t().contiguous()
     block = BLOCK
     if isinstance(pattern, NofM):
         block = max(BLOCK // pattern.m, 1) * pattern.m
     for start in range(0, n_in, block):
         end = min(start + block, n_in)
+        passed_on = upper[start:end].float()
         if keep is None and isinstance(pattern, Unstructured):
-            score = (work[start:end] / upper.diagonal()[start:end, None]).square_()
+            score = (work[start:end] / pivots[start:end, None]).square_()
             mask[start:end] = block_share(score, pattern, pattern.group or group, start, end)
         errors = torch.empty(end - start, n_out, device=work.device)
         chosen = isinstance(pattern, NofM) and keep is None
@@ -59,18 +65,19 @@ def sparsegpt(
             b = min(a + panel, end)
             for j in range(a, b):
                 if chosen and isinstance(pattern, NofM) and j % pattern.m == 0:
-                    scale = upper.diagonal()[j : j + pattern.m, None]
+                    scale = pivots[j : j + pattern.m, None]
                     score = (work[j : j + pattern.m] / scale).square_()
                     mask[j : j + pattern.m] = keep_mask(score.t(), pattern).t()
                 error = errors[j - start]
                 torch.mul(work[j], ~mask[j], out=error)
-                error /= upper[j, j]
+                error /= pivots[j]
                 if j + 1 < b:
-                    work[j + 1 : b].addr_(upper[j, j + 1 : b], error, alpha=-1)
+                    work[j + 1 : b].addr_(passed_on[j - start, j + 1 : b], error, alpha=-1)
             if b < end:
-                work[b:end].addmm_(upper[a:b, b:end].t(), errors[a - start : b - start], alpha=-1)
+                among = passed_on[a - start : b - start, b:end]
+                work[b:end].addmm_(among.t(), errors[a - start : b - start], alpha=-1)
         if end < n_in:
-            work[end:].addmm_(upper[start:end, end:].t(), errors, alpha=-1)
+            work[end:].addmm_(passed_on[:, end:].t(), errors, alpha=-1)
         work[start:end].masked_fill_(~mask[start:end], 0)
     return Solution(work.t().contiguous(), mask.t().contiguous())
 

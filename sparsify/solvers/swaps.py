@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from sparsify.chunks import chunks
 from sparsify.solvers.quadratic import Gram
 from sparsify.types import NofM, Pattern
 
@@ -29,6 +30,8 @@ def swaps(
     changes it by 2 w_i c_i + w_i² G_ii − 2 w_j c_j + w_j² G_jj − 2 w_i w_j G_ij. Every iteration makes the best swap of
     every row at once if it lowers the error. Row counts stay; for N:M a swap stays in its group.
 
+    Working set: the Gram matrix; beside ``weight``, a mask, 12 chunks of rows and the pairs tried, up to 512 MiB.
+
     Args:
         weight: [out, in], dense.
         gram: inputs; not damped, since no system is solved.
@@ -38,10 +41,23 @@ def swaps(
         candidates: for unstructured patterns, pairs are sought among this many of the cheapest to remove and the best
             to restore; None tries all pairs (a fixed point is then a true local optimum).
     """
-    dense = gram.live(weight)
-    matrix = gram.matrix
+    keep, most, status = keep.clone(), 0, "converged"
+    for rows in chunks(*weight.shape):
+        n, settled = _swap_rows(gram.live(weight[rows]), gram.matrix, keep[rows], pattern, n_iter, candidates)
+        most, status = max(most, n), status if settled else "max_iter"
+    return keep, most, status
+
+
+def _swap_rows(
+    dense: torch.Tensor,
+    matrix: torch.Tensor,
+    keep: torch.Tensor,
+    pattern: Pattern,
+    n_iter: int,
+    candidates: int | None,
+) -> tuple[int, bool]:
+    """Swap in place in ``keep``; returns the swaps made in the busiest row, and whether none is left."""
     diagonal = matrix.diagonal()
-    keep = keep.clone()
     removed = dense.masked_fill(keep, 0)
     error = removed @ matrix
     active = torch.arange(len(dense), device=dense.device)
@@ -60,10 +76,10 @@ def swaps(
         better = change < -1e-6 * whole
         active, i, j = active[better], i[better], j[better]
         if not len(active):
-            return keep, done, "converged"
+            return done, True
         keep[active, i], keep[active, j] = False, True
         error[active] += dense[active, i, None] * matrix[i] - dense[active, j, None] * matrix[j]
-    return keep, n_iter, "max_iter"
+    return n_iter, False
 
 
 def _best_pair(
