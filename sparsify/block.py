@@ -14,6 +14,7 @@ from torch import nn
 from sparsify.errors import ModelError, NumericsError
 from sparsify.grams import Grams
 from sparsify.hidden import Calls, HiddenFile
+from sparsify.journal import Stopwatch
 from sparsify.layer import Outcome, prune_layer, seed_of, target
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
@@ -39,12 +40,6 @@ class Streams:
     calls: Calls
     pruned: tuple[HiddenFile, HiddenFile]
     dense: tuple[HiddenFile, HiddenFile] | None = None
-
-    def turned(self, index: int) -> Streams:
-        """The files as block ``index`` needs them: each pair swaps roles from block to block."""
-        if index % 2 == 0:
-            return self
-        return Streams(self.calls, self.pruned[::-1], self.dense[::-1] if self.dense else None)
 
 
 class BlockPruner:
@@ -91,6 +86,7 @@ class BlockPruner:
         index: int,
         specs: list[LinearSpec],
         streams: Streams | None,
+        clock: Stopwatch,
         *,
         write_dense: bool = False,
     ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
@@ -101,6 +97,7 @@ class BlockPruner:
             index: its number.
             specs: its linears that are pruned, one at least.
             streams: what enters it; None where the method needs no text.
+            clock: counts the time of ``statistics`` and ``solve``.
             write_dense: write what leaves the dense block to the second of ``streams.dense``, in the last pass that
                 runs it anyway (of a method whose aim is not ``own``).
 
@@ -112,7 +109,8 @@ class BlockPruner:
             NumericsError: NaN or Inf in activations, or a Gram matrix that stays singular.
         """
         if streams is None:
-            return self._prune_group(index, specs, {spec.name: None for spec in specs})
+            with clock("solve"):
+                return self._prune_group(index, specs, {spec.name: None for spec in specs})
         # Dense weights are needed beside the pruned ones as long as later groups are compared with them.
         reference = deepcopy(block) if self.plan.aim != "own" else None
         places: dict[str, str] = {}
@@ -131,8 +129,10 @@ class BlockPruner:
         groups = self._groups(block, index, specs, streams)
         for group in groups:
             leaving = streams.dense[1] if write_dense and streams.dense and group is groups[-1] else None
-            stats = self._collect(block, reference, index, group, streams, places, leaving)
-            found, permuted = self._prune_group(index, group, dict(stats))
+            with clock("statistics"):
+                stats = self._collect(block, reference, index, group, streams, places, leaving)
+            with clock("solve"):
+                found, permuted = self._prune_group(index, group, dict(stats))
             rows += found
             orders |= permuted
         place = {spec.name: i for i, spec in enumerate(specs)}

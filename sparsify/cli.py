@@ -20,6 +20,7 @@ from sparsify.options import (
     Bos,
     Calibration,
     Changes,
+    Cluster,
     Compress,
     ComputeDtype,
     CudaGraphs,
@@ -33,12 +34,14 @@ from sparsify.options import (
     Exclude,
     Group,
     Include,
+    Inputs,
     Json,
     Kernel,
     Layout,
     Length,
     MethodName,
     Model,
+    NoBudget,
     Opset,
     Out,
     Override,
@@ -54,19 +57,23 @@ from sparsify.options import (
     Trust,
     TrustEngine,
     WindowCount,
+    Workers,
     check_device,
     export_options,
     merge_settings,
     required,
 )
 from sparsify.plan_command import plan_command
+from sparsify.plan_memory_command import plan_memory_command
 from sparsify.report_command import report_command
+from sparsify.status_command import status_command
 from sparsify.tuning_command import tune_command
 
 EXIT_CODES = """
 Exit codes: 0 done, 2 wrong option or recipe, 3 model cannot be used, 4 text cannot be used, 5 output cannot be
 written, 6 NaN or Inf, 7 a package is missing, 8 verification or parity failed, 9 a rule of gate is not met, 10 a
-measurement failed (the others are recorded), 130 interrupted (the same command resumes), 1 a fault in sparsify.
+measurement failed (the others are recorded), 11 a worker died, and those in its place, 12 it does not fit this
+machine, 130 interrupted (the same command resumes), 1 a fault in sparsify.
 """
 
 app = typer.Typer(
@@ -111,8 +118,12 @@ def prune_command(
     bos: Bos = None,
     seed: Seed = None,
     compute_dtype: ComputeDtype = None,
+    inputs: Inputs = None,
     recipe: RecipeFile = None,
     device: Device = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
+    no_budget: NoBudget = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -121,6 +132,7 @@ def prune_command(
     settings, run = merge_settings(recipe, locals())
     from sparsify import manifest
     from sparsify.bench.report import size
+    from sparsify.budget.estimate import announce
     from sparsify.console import print_json, print_line, progress_bars
     from sparsify.files import read_json
     from sparsify.prune import prune
@@ -131,12 +143,25 @@ def prune_command(
     out = required(out, "--out")
     with progress_bars() as progress:
         source = resolve(required(run.get("model"), "MODEL"))
+        announce(
+            source,
+            settings,
+            out,
+            device=device,
+            workers=run.get("workers"),
+            cluster=run.get("cluster"),
+            enforce=not no_budget,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
         prune(
             source,
             settings,
             out,
             overwrite=overwrite,
             device=device,
+            workers=run.get("workers"),
+            cluster=run.get("cluster"),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -228,12 +253,15 @@ def prune_and_export_command(
     bos: Bos = None,
     seed: Seed = None,
     compute_dtype: ComputeDtype = None,
+    inputs: Inputs = None,
     eval_text: EvalText = None,
     eval_windows: EvalWindows = None,
     eval_length: EvalLength = None,
     eval_stride: EvalStride = None,
     recipe: RecipeFile = None,
     device: Device = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
     dense: Dense = False,
     layout: Layout = None,
     precision: Precision = None,
@@ -242,6 +270,7 @@ def prune_and_export_command(
     compress: Compress = False,
     engine: Engine = None,
     require_sparse: RequireSparse = False,
+    no_budget: NoBudget = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json: Json = False,
@@ -249,6 +278,7 @@ def prune_and_export_command(
     """Prune MODEL, export it for each target, measure accuracy, and write report.md and report.json to --out."""
     settings, run = merge_settings(recipe, locals())
     from sparsify.bench.report import HEAD, rows, summary
+    from sparsify.budget.estimate import announce
     from sparsify.console import print_json, print_line, print_table, progress_bars
     from sparsify.pipeline import Evaluation, prune_and_export
     from sparsify.source import resolve
@@ -257,8 +287,20 @@ def prune_and_export_command(
     check_device(device)
     out = required(out, "--out")
     with progress_bars() as progress:
+        source = resolve(required(run.get("model"), "MODEL"))
+        announce(
+            source,
+            settings,
+            out,
+            device=device,
+            workers=run.get("workers"),
+            cluster=run.get("cluster"),
+            enforce=not no_budget,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
         report = prune_and_export(
-            resolve(required(run.get("model"), "MODEL")),
+            source,
             settings,
             run.get("targets", ["hf"]),
             out,
@@ -267,6 +309,8 @@ def prune_and_export_command(
             ),
             overwrite=overwrite,
             device=device,
+            workers=run.get("workers"),
+            cluster=run.get("cluster"),
             options=export_options(run),
             trust_remote_code=trust_remote_code,
             progress=progress,
@@ -390,8 +434,10 @@ def eval_command(
 app.command("bench")(bench_command)
 app.command("gate")(gate_command)
 app.command("plan")(plan_command)
+app.command("plan-memory")(plan_memory_command)
 app.command("report")(report_command)
 app.command("inspect")(inspect_command)
+app.command("status")(status_command)
 app.command("decompress")(decompress_command)
 app.command("refit")(refit_command)
 app.command("tune")(tune_command)

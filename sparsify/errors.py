@@ -67,3 +67,15 @@ class MeasurementError(SparsifyError):
     """A measurement failed; the records that were finished before are kept."""
 
     exit_code = 10
+
+
+class WorkerError(SparsifyError):
+    """A process that works for a run died, and so did those that were started in its place."""
+
+    exit_code = 11
+
+
+class BudgetError(UsageError):
+    """A run needs more memory or disk than there is; the message holds what would fit."""
+
+    exit_code = 12

@@ -13,6 +13,7 @@ EXTRAS = {
     "datasets": ("datasets",),
     "bench": ("matplotlib", "jinja2", "jsonschema"),
     "eval": ("lm_eval",),
+    "ray": ("ray",),
 }
 
 

@@ -316,7 +316,7 @@ def _our_files(folder: Path) -> set[str]:
             continue
         if not isinstance(value, dict) or not all(key in value for key in keys):
             continue
-        own = {mark, "run.json", "report.md", _LOCK, _STATE}
+        own = {mark, "run.json", "journal.jsonl", "report.md", _LOCK, _STATE}
         if mark == "sparsify.json":
             return own | (set(value["files"]) if isinstance(value["files"], dict) else set())
         artifacts = value["artifacts"] if isinstance(value["artifacts"], list) else []

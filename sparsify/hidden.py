@@ -1,8 +1,8 @@
 """Calibration data on its way through the blocks: the hidden states on disk, and the calls each block receives.
 
-Hidden states live in two files that swap roles: block i reads one and writes the other. The page cache makes that as
-fast as memory while there is memory, only one window is held by the process, and the file that was just written is the
-checkpoint from which an interrupted run goes on.
+Hidden states live in files, one for the inputs of each block that is still to be pruned. The page cache makes that as
+fast as memory while there is memory, only one window is held by a process, and the files are the checkpoint from which
+an interrupted run, or another process, goes on.
 """
 
 from __future__ import annotations
@@ -39,17 +39,16 @@ class Layout:
 
 
 class HiddenFile:
-    """Hidden states in a file, read and written one window [1, length, width] at a time."""
+    """Hidden states in a file, read and written one window [1, length, width] at a time.
+
+    Attributes:
+        crc32: of what ``write`` wrote, for the state of an interruptible run.
+    """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
         self.layout = layout
         self.crc32: int | None = None
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """Name and CRC-32 of what ``write`` wrote, for the state of an interruptible run."""
-        return {"file": self.path.name, "crc32": self.crc32}
 
     def windows(self, device: str) -> Iterator[torch.Tensor]:
         """Yield each window [1, length, width]."""
@@ -93,10 +92,12 @@ class Calls:
     """How the model calls each block, with the hidden states left out.
 
     Attributes:
+        width: channels of the hidden states.
         arguments: per block, (positional arguments after the hidden states, keyword arguments).
         by_keyword: name under which the hidden states are passed, or None where they come first.
     """
 
+    width: int
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     by_keyword: str | None
 
@@ -154,16 +155,14 @@ class _Recorder:
 def enter(
     binding: Binding,
     ids: torch.Tensor,
-    pairs: Sequence[tuple[Path, Path]],
+    paths: Sequence[Path],
     dtype: torch.dtype,
     device: str,
-    *,
-    resume: bool,
-) -> tuple[Calls, list[tuple[HiddenFile, HiddenFile]]]:
+) -> tuple[Calls, list[HiddenFile]]:
     """Run everything before the blocks on ``ids`` [windows, length].
 
-    Returns the calls that every block receives, and pairs of files of hidden states; the first of each holds the first
-    block's inputs, unless ``resume``, which leaves all as they are.
+    Returns the calls that every block receives, and ``paths`` as files that each hold the first block's inputs; without
+    any, only the first window is run.
 
     Raises:
         ModelError: the blocks are called in a way that depends on the tokens, or not in sequence.
@@ -174,9 +173,9 @@ def enter(
     base = skeleton.model.base_model
     binding.load_surroundings(dtype, device)
     first = _record(recorder, base, ids[:1].to(device))
-    calls = Calls(recorder.arguments, recorder.by_keyword)
-    layout = Layout(ids.shape[0], ids.shape[1], first.shape[-1], dtype)
-    files = [(HiddenFile(first_path, layout), HiddenFile(second, layout)) for first_path, second in pairs]
+    calls = Calls(first.shape[-1], recorder.arguments, recorder.by_keyword)
+    layout = Layout(ids.shape[0], ids.shape[1], calls.width, dtype)
+    files = [HiddenFile(path, layout) for path in paths]
 
     def windows() -> Iterator[torch.Tensor]:
         for i, window in enumerate(ids):
@@ -191,10 +190,8 @@ def enter(
                 )
             yield hidden
 
-    if not resume:
-        files[0][0].write(windows())
-        for pair in files[1:]:
-            pair[0].write(files[0][0].windows("cpu"))
+    for i, file in enumerate(files):
+        file.write(files[0].windows("cpu") if i else windows())
     binding.unload(base)
     return calls, files
 

@@ -14,10 +14,13 @@ from typing import Any
 from sparsify import __version__
 from sparsify.errors import VerificationError
 from sparsify.files import read_json, sha256_file, write_json
+from sparsify.journal import JOURNAL, METRICS
 from sparsify.types import PrunedLinear
 
 NAME = "sparsify.json"
 RUN = "run.json"
+# What differs between two runs of the same recipe.
+ABOUT_RUN = (RUN, JOURNAL)
 # Not called .safetensors: loaders that read every such file in a folder would take it for weights.
 PERMUTATIONS = "sparsify.perm"
 FORMAT = 1
@@ -35,11 +38,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def artifact_files(folder: Path) -> list[str]:
-    """Names of the files below ``folder`` that a manifest lists: all but itself, the run record and dot files."""
+    """Names of the files below ``folder`` that a manifest lists; not itself, what tells of the run, nor dot files."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    return [
-        name for name in names if name not in (NAME, RUN) and not any(part.startswith(".") for part in name.split("/"))
-    ]
+    told = (NAME, *ABOUT_RUN, METRICS)
+    return [name for name in names if name not in told and not any(part.startswith(".") for part in name.split("/"))]
 
 
 def _file_table(folder: Path) -> dict[str, dict[str, Any]]:

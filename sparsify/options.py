@@ -78,6 +78,26 @@ RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="YAML file with any of these options; options given here win.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cpu")]
+Inputs = Annotated[
+    str | None,
+    typer.Option(
+        help="dense or pruned: on which outputs of the blocks before it each block is calibrated; dense lets workers "
+        "prune several blocks at the same time.",
+        show_default="the method's own",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Processes that prune blocks at the same time; on cuda each has a GPU.", show_default="1"),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Workers of Ray: local (this machine), auto (the cluster it is part of) or ray://HOST:PORT.",
+        show_default="without Ray",
+    ),
+]
+NoBudget = Annotated[bool, typer.Option("--no-budget", help="Go on where memory or disk are not expected to suffice.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier output; start again where it cannot resume.")
 ]
@@ -151,6 +171,8 @@ _RUN_KEYS: dict[str, type] = {
     "eval_length": int,
     "eval_stride": int,
     "device": str,
+    "workers": int,
+    "cluster": str,
     "dense": bool,
     "layout": str,
     "precision": str,

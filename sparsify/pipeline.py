@@ -108,6 +108,8 @@ def prune_and_export(
     evaluation: Evaluation,
     overwrite: bool = False,
     device: str = "cpu",
+    workers: int | None = None,
+    cluster: str | None = None,
     options: Options | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -154,6 +156,8 @@ def prune_and_export(
                 checkpoint,
                 overwrite=overwrite,
                 device=device,
+                workers=workers,
+                cluster=cluster,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )

@@ -71,7 +71,9 @@ class Survey:
         steps = [len(self.ids) * (bool(specs) + (i < last)) + len(specs) for i, specs in enumerate(chosen)]
         self.progress.stage(title, sum(steps))
         pair = self.folder / _HIDDEN[0], self.folder / _HIDDEN[1]
-        calls, [files] = enter(self.binding, self.ids, [pair], self.dtype, device, resume=False)
+        calls, [file] = enter(self.binding, self.ids, pair[:1], self.dtype, device)
+        # They swap roles from block to block.
+        files = file, HiddenFile(pair[1], file.layout)
         for index, specs in enumerate(chosen[: last + 1]):
             block = self.binding.load_block(index, self.dtype, device)
             if specs:

@@ -81,7 +81,7 @@ class SparseLinear(nn.Module):
     @property
     def kernel_name(self) -> str:
         """Of the kernel, for reports."""
-        return self.kernel.name
+        return self.kernel.reported
 
     @property
     def n_bytes(self) -> int:
@@ -136,7 +136,7 @@ class SparseLinear(nn.Module):
         """
         if not self.holds_packed:
             raise UsageError(
-                f"kernel {self.kernel_name} keeps weights in a form that no checkpoint has; open the model without a "
+                f"kernel {self.kernel.name} keeps weights in a form that no checkpoint has; open the model without a "
                 "kernel to save it, or copy the folder it was opened from with sparsify export"
             )
         return self._packed(self._tensors())
@@ -172,7 +172,7 @@ class SparseLinear(nn.Module):
         for dtype in (self.dtype, *kept):
             if self.kernel is not PACKED and self._cast(fn, dtype) != dtype:
                 raise UsageError(
-                    f"weights prepared for kernel {self.kernel_name} cannot be cast; open the model with dtype="
+                    f"weights prepared for kernel {self.kernel.name} cannot be cast; open the model with dtype="
                 )
         self.dtype = self._cast(fn, self.dtype)
         before = {name: self._buffers[name] for name in ("mask", "starts") if name in self.state_names}
@@ -271,7 +271,7 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Not every row of the table can be pickled.
         state = self.__dict__.copy()
-        state["kernel"] = self.kernel_name if KERNELS.get(self.kernel_name) is self.kernel else self.kernel
+        state["kernel"] = self.kernel.name if KERNELS.get(self.kernel.name) is self.kernel else self.kernel
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,187 @@
+"""Workers that are Ray actors, on this machine or a cluster whose machines share the folders of model and output.
+
+Through Ray's object store go only small JSON values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from queue import SimpleQueue
+from typing import Any
+
+from sparsify import errors
+from sparsify.cluster.crew import Event
+from sparsify.cluster.graph import Task
+from sparsify.cluster.job import Job
+from sparsify.errors import SparsifyError, UsageError, WorkerError
+from sparsify.extras import require
+
+# Longest wait for a place on the cluster.
+_PLACE_S = 600.0
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str, workers: int | None, threads: int) -> Iterator[Any]:
+    """Ray, connected for the length of the context.
+
+    Args:
+        address: ``local`` (a cluster of this machine alone, which ends with the context), ``auto`` (the one that this
+            machine is part of), or ``ray://HOST:PORT``.
+        workers: how many are wanted, for ``local``; None: as many as there are cores for.
+        threads: of each.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        UsageError: there is no cluster.
+    """
+    require("ray", f"--cluster {address}")
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": False, "configure_logging": False}
+    if address == "local":
+        options |= {"address": "local", "num_cpus": None if workers is None else workers * threads}
+    else:
+        options |= {"address": address}
+        options.pop("include_dashboard")
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--cluster {address}: no Ray cluster there ({reason}); start one with 'ray start --head', or use "
+            "--cluster local"
+        ) from error
+    try:
+        # It tells of workers that died on stdout, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+def places_of(ray: Any, job: Job) -> int:
+    """How many workers the cluster has room for, at least one."""
+    total = ray.cluster_resources()
+    if job.device == "cuda":
+        return max(int(total.get("GPU", 0)), 1)
+    return max(int(total.get("CPU", 1) // job.threads), 1)
+
+
+class Actor:
+    """A worker that is a Ray actor.
+
+    Args:
+        ray: connected.
+        name: of it, for people.
+        job: whose tasks it does.
+        memory_bytes: that are set aside for it; None: none.
+
+    Raises:
+        WorkerError: the cluster gave it no place.
+    """
+
+    def __init__(self, ray: Any, name: str, job: Job, memory_bytes: int | None = None) -> None:
+        self.name, self._ray = name, ray
+        wanted: dict[str, Any] = {"num_cpus": job.threads, "max_restarts": 0}
+        if job.device == "cuda":
+            wanted["num_gpus"] = 1
+        if memory_bytes is not None:
+            wanted["memory"] = memory_bytes
+        # Threads are counted when torch is imported.
+        wanted["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(job.threads)}}
+        self._actor = ray.remote(_Remote).options(**wanted).remote(asdict(job))
+        try:
+            where = ray.get(self._actor.ready.remote(), timeout=_PLACE_S)
+        except ray.exceptions.GetTimeoutError as error:
+            self.close()
+            raise WorkerError(
+                f"{name}: no place on the cluster for {job.threads} CPUs within {_PLACE_S:g} s; use fewer --workers"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise WorkerError(f"{name}: {_reason(error)}") from error
+        if "error" in where:
+            self.close()
+            raise _met(where)
+        self.name = f"{name} on {where['host']}"
+
+    def ask(self, task: Task, event: Event) -> dict[str, Any]:
+        """As ``Worker``."""
+        answer: dict[str, Any] | None = None
+        try:
+            for reference in self._actor.ask.remote(task.do, dict(task.arguments)):
+                found = self._ray.get(reference)
+                if "error" in found:
+                    raise _met(found)
+                if "answer" in found:
+                    answer = found["answer"]
+                else:
+                    event(found)
+        except self._ray.exceptions.RayError as error:
+            raise WorkerError(f"{self.name}: its process is gone ({_reason(error)})") from error
+        if answer is None:
+            raise WorkerError(f"{self.name}: it gave no answer to {task.name}")
+        return answer
+
+    def close(self) -> None:
+        """End it now: what it writes appears whole or not at all."""
+        self._ray.kill(self._actor)
+
+
+class _Remote:
+    """What runs in the actor's process. It answers with dicts: Ray would pickle exceptions."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from sparsify.workers import end_with_parent
+
+        end_with_parent()
+        self._said: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._error: dict[str, Any] | None = None
+        self._bench: Any = None
+        self._error = self._try(lambda: self._open(job))
+
+    def _open(self, job: dict[str, Any]) -> None:
+        from sparsify.cluster.job import Bench
+        from sparsify.cluster.worker import Told
+
+        self._bench = Bench(Job(**job), Told(lambda **what: self._said.put(what)))
+
+    def ready(self) -> dict[str, Any]:
+        """Where it is, or why it cannot work."""
+        import socket
+
+        return self._error or {"host": socket.gethostname()}
+
+    def ask(self, do: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Do a task in a thread, and pass on what it says meanwhile."""
+
+        def work() -> None:
+            error = self._try(lambda: self._said.put({"answer": getattr(self._bench, do)(**arguments)}))
+            if error is not None:
+                self._said.put(error)
+            self._said.put(None)
+
+        threading.Thread(target=work, daemon=True).start()
+        while (found := self._said.get()) is not None:
+            yield found
+
+    @staticmethod
+    def _try(work: Callable[[], object]) -> dict[str, Any] | None:
+        try:
+            work()
+        except SparsifyError as error:
+            return {"error": " ".join(str(error).split()), "kind": type(error).__name__}
+        return None
+
+
+def _met(found: dict[str, Any]) -> SparsifyError:
+    kind = getattr(errors, str(found.get("kind")), WorkerError)
+    return kind(found["error"]) if issubclass(kind, SparsifyError) else WorkerError(str(found["error"]))
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
