@@ -10,10 +10,10 @@ VLLM_VENV := .venv-vllm
 
 # Several processes test at once: one thread for each, and threads that a test asks for sleep while they wait.
 WORKERS ?= --numprocesses logical --maxprocesses 4
-test test-vllm test-vllm-oldest: export OMP_NUM_THREADS := 1
-test test-vllm test-vllm-oldest: export OMP_WAIT_POLICY := PASSIVE
+test test-slow test-vllm test-vllm-oldest: export OMP_NUM_THREADS := 1
+test test-slow test-vllm test-vllm-oldest: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo bench test test-vllm test-vllm-oldest check install clean
+.PHONY: demo bench test test-slow test-vllm test-vllm-oldest check install clean
 
 demo: install
 	$(BIN)/sparsify prune-and-export smollm2-135m $(DEMO_ARGS) --target hf --target onnx --out build/demo --overwrite
@@ -33,8 +33,12 @@ test: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest $(WORKERS) --dist worksteal -m "not slow"
 	$(MAKE) test-vllm
+
+# What `make test` leaves out for its length.
+test-slow: install
+	$(BIN)/python -m pytest $(WORKERS) --dist worksteal -m slow
 
 # vLLM and torch warn about themselves, so that only our own suite treats warnings as errors.
 test-vllm: $(VLLM_VENV)/kernels

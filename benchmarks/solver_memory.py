@@ -119,11 +119,12 @@ def status_bytes(key: str) -> int:
 
 def make_smaller(width: str) -> None:
     """Shrink pieces of a fixed size, and have every Gram matrix count as wide, or none."""
-    from sparsify import chunks, permute
-    from sparsify.memory import return_large_frees
+    from sparsify import chunks, memory, permute
     from sparsify.solvers import exact, factor, mrp, quadratic, swaps
 
-    return_large_frees()
+    # Pieces are as far from the size that goes back to the system at once as they really are.
+    memory._THRESHOLD_BYTES //= _SMALLER
+    memory.return_large_frees()
     chunks.CHUNK_BYTES //= _SMALLER
     factor.PANEL //= 8
     assert exact.exact.__kwdefaults__ is not None

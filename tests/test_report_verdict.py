@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,6 +164,13 @@ def test_what_only_saves_memory_is_not_sparse(example: Path, tmp_path: Path) -> 
     ]
     assert "2 x packed (memory only)" in markdown.render(summary)
     assert summary["verdict"].startswith("2of4 ran dense in torch and decodes")
+    # What multiplies with a dense weight that it keeps saves none.
+    kept = edited(
+        one, tmp_path / "b.jsonl", lambda r: json.loads(json.dumps(r).replace('"packed"', '"native+dense:1-"'))
+    )
+    assert {each["text"] for each in summary_of(kept)["warnings"]} == {
+        "2of4 in torch: DENSE: asked to be sparse, no sparse kernel ran."
+    }
 
 
 def test_a_warning_names_the_scenarios_that_it_is_of(example: Path, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def reads_packed(kernel: str) -> bool:
 
 def expands(kernel: str, tokens: int) -> bool:
     """Whether the kernel of one rank makes a dense weight of the packed one for so many tokens."""
-    return any(way == "expanded" and _within(tokens, ranges) for way, ranges in _parsed(kernel)[1])
+    name, densely = _parsed(kernel)
+    return _memory_only(name) or any(way == "expanded" and _within(tokens, ranges) for way, ranges in densely)
 
 
 def _parsed(kernel: str) -> tuple[str, list[tuple[str, list[tuple[int, float]]]]]:
@@ -92,11 +93,14 @@ def _packed(kernel: str) -> bool:
 
 def _sparse(kernel: str, tokens: int | None) -> bool:
     name, densely = _parsed(kernel)
-    memory_only = name.endswith("expanded") or any(part.startswith(MEMORY_ONLY) for part in name.split("+"))
-    if memory_only or not _packed(kernel):
+    if _memory_only(name) or not _packed(kernel):
         return False
     every = [ranges for _, ranges in densely]
     return not _always(every) if tokens is None else not any(_within(tokens, ranges) for ranges in every)
+
+
+def _memory_only(name: str) -> bool:
+    return name.endswith("expanded") or any(part.startswith(MEMORY_ONLY) for part in name.split("+"))
 
 
 def _always(every: list[list[tuple[int, float]]]) -> bool:

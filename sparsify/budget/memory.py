@@ -17,7 +17,7 @@ _MIB = 1 << 20
 
 
 # Code and buffers of the libraries that the first products bring in, beside what they hold once imported.
-_LIBRARY_BYTES = 64 * _MIB
+_LIBRARY_BYTES = 128 * _MIB
 # Of a tokenizer, for each of its tokens, with the text it cuts.
 _TOKEN_BYTES = 1536
 # Text goes through it in pieces of at most this size, and takes so many times as much meanwhile (``data``).

@@ -122,7 +122,7 @@ def block_work(shapes: Shapes, block: Block, recipe: Recipe) -> Iterator[Work]:
     yield Work("writing it", f"{block.n_values:,} values x {shapes.value_bytes} B", "write", size, size)
     cast = 4.0 * block.n_values * 6
     yield Work("converting and checking it", f"{block.n_values:,} values x 6 passes x 4 B", "memory", cast, cast)
-    if plan.needs_data:
+    if plan.needs_data and block.reached:
         yield from _passes(shapes, block, recipe)
         yield from _statistics(shapes, block, recipe)
     for linear in block.pruned:
@@ -239,7 +239,7 @@ def _solver(linear: Linear, plan: Method) -> Iterator[Work]:
         yield products("gradient steps", _FISTA_ROUNDS[0] * (steps + 2), _FISTA_ROUNDS[1] * (steps + 2))
     if plan.solver == "admm":
         steps = plan.setting("admm.iterations")
-        yield Work(f"factors of {kind}", f"{n}^3", "factor", n**3, n**3)
+        yield Work(f"inverse for the iterations of {kind}", f"{n}^3", "factor", n**3, n**3)
         yield products("iterations", steps + 1, steps + 1)
         yield passes("iterations", steps * (_PASSES_STEP + _PASSES_MASK), steps * (_PASSES_STEP + _PASSES_MASK))
     if plan.solver == "alps":
@@ -265,8 +265,8 @@ def _exact(linear: Linear, products: Callable[[str, float, float], Work]) -> Ite
     flops = linear.n_out * kept**3 / 3
     moved = 4.0 * linear.n_out * kept**2 * 8
     what = f"systems of every row of {linear.kind}"
-    yield Work(what, f"{linear.n_out} x ({linear.n_in} / 2)^3 / 3", "product", flops, 3 * flops)
-    yield Work(what, f"{linear.n_out} x ({linear.n_in} / 2)^2 x 8 passes x 4 B", "memory", moved, moved)
+    yield Work(what, f"1 to 8 x {linear.n_out} x ({linear.n_in} / 2)^3 / 3", "product", flops, 8 * flops)
+    yield Work(what, f"8 to 24 passes x {linear.n_out} x ({linear.n_in} / 2)^2 x 4 B", "memory", moved, 3 * moved)
 
 
 def rest_work(shapes: Shapes, recipe: Recipe) -> Iterator[Work]:
@@ -274,7 +274,8 @@ def rest_work(shapes: Shapes, recipe: Recipe) -> Iterator[Work]:
     outside = float(shapes.outside * shapes.value_bytes)
     yield Work("reading what is outside the blocks", f"{shapes.outside:,} values x {shapes.value_bytes} B", "read",
                outside, 2 * outside)  # fmt: skip
-    yield Work("writing it", f"{shapes.outside:,} values x {shapes.value_bytes} B", "write", outside, outside)
+    yield Work("writing what is outside the blocks", f"{shapes.outside:,} values x {shapes.value_bytes} B", "write",
+               outside, outside)  # fmt: skip
     stored = float(shapes.stored_bytes)
     yield Work("hashes of source and output", f"2 x {shapes.stored_bytes:,} B", "digest", 2 * stored, 2 * stored)
     yield Work("reading both for it", f"0 to 2 x {shapes.stored_bytes:,} B", "read", 0, 2 * stored)

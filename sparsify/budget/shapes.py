@@ -55,6 +55,7 @@ class Block:
         largest: values of the largest of its stored tensors.
         fused: values of parameters that are stored in several tensors (experts).
         linears: in order of definition.
+        reached: whether the calibration text goes through it; behind the last that is pruned it does not.
         count: blocks of this kind.
     """
 
@@ -62,6 +63,7 @@ class Block:
     largest: int
     fused: int
     linears: tuple[Linear, ...]
+    reached: bool = True
     count: int = 1
 
     @property
@@ -131,9 +133,12 @@ def shapes_of(skeleton: Skeleton, patterns: Mapping[str, Pattern], name: str, st
 
     config = skeleton.text_config
     attention = attention_of(config, skeleton.n_blocks)
+    last = max(
+        (i for i, block in enumerate(skeleton.linears) if any(spec.name in patterns for spec in block)), default=-1
+    )
     kinds: dict[Block, int] = {}
     for index in range(skeleton.n_blocks):
-        block = _block(skeleton, index, patterns)
+        block = replace(_block(skeleton, index, patterns), reached=index <= last)
         kinds[block] = kinds.get(block, 0) + 1
     model = skeleton.model
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -44,76 +44,76 @@ _WIDE = 4096
 # Part -> for ordinary Gram matrices, and for wide ones.
 WORKING: dict[str, tuple[Working, Working]] = {
     "score=magnitude": (
-        Working(0, 0.8, chunks=10.5, left_weight=1.1),
-        Working(0, 0.8, chunks=10.5, left_weight=1.1),
+        Working(0, 1.3, chunks=3.5, left_weight=1.1),
+        Working(0, 1.3, chunks=3.5, left_weight=1.1),
     ),
     "score=wanda": (
-        Working(0, 2.3, chunks=4.6, left_weight=1.1),
-        Working(0, 2.3, chunks=4.6, left_weight=1.1),
+        Working(0, 1.8, chunks=3, left_weight=1.1),
+        Working(0, 1.8, chunks=3, left_weight=1.1),
     ),
     "score=ria": (
-        Working(0, 1.6, chunks=7.2, left_weight=1.1),
-        Working(0, 1.6, chunks=7.2, left_weight=1.1),
+        Working(0, 1.8, chunks=2.7, left_weight=1.1),
+        Working(0, 1.8, chunks=2.7, left_weight=1.1),
     ),
     "score=stochria": (
-        Working(0, 1.2, chunks=4.6, left_weight=1.1),
-        Working(0, 1.2, chunks=4.6, left_weight=1.1),
+        Working(0, 1.3, chunks=3.6, left_weight=1.1),
+        Working(0, 1.3, chunks=3.6, left_weight=1.1),
     ),
     "score=symwanda": (
-        Working(0, 1.3, chunks=11.4, left_weight=1.1),
-        Working(0, 1.3, chunks=11.4, left_weight=1.1),
+        Working(0, 1.7, chunks=4.2, left_weight=1.1),
+        Working(0, 1.7, chunks=4.2, left_weight=1.1),
     ),
     "refine=dsnot": (
-        Working(0, 7.4, chunks=10.5, left_weight=1.1),
-        Working(0, 7.4, chunks=10.5, left_weight=1.1),
+        Working(0, 8.3, chunks=0.3, left_weight=1.1),
+        Working(0, 8.3, chunks=0.3, left_weight=1.1),
     ),
     "refine=r2-dsnot": (
-        Working(0, 9.1, chunks=4.5, left_weight=1.1),
-        Working(0, 9.1, chunks=4.5, left_weight=1.1),
+        Working(0, 9.3, chunks=0.5, left_weight=1.1),
+        Working(0, 9.3, chunks=0.5, left_weight=1.1),
     ),
     "refine=swaps": (
-        Working(0.3, 1.2, chunks=27.1, left_gram=0.1, left_weight=1.1),
-        Working(0, 1.8, chunks=33.8, left_gram=0.1, left_weight=1.1),
+        Working(0, 0.6, chunks=18.6, left_weight=1.1),
+        Working(0, 0.6, chunks=18.8, left_weight=1.1),
     ),
     "solver=sparsegpt": (
-        Working(8.4, 1.8, left_gram=2.2, left_weight=1.1),
-        Working(1.2, 3.8, chunks=7.9, left_gram=1.1, left_weight=1.1),
+        Working(8.1, 1.6, left_gram=2.2, left_weight=1.1),
+        Working(0.9, 2.8, chunks=3.6, left_gram=1.1, left_weight=1.1),
     ),
     "solver=mrp": (
-        Working(4.3, 2.9, fixed_mib=564.8, left_gram=2.2, left_weight=1.1),
-        Working(0.7, 3.8, fixed_mib=502.4, left_gram=1.1, left_weight=1.1),
+        Working(5.1, 3.1, fixed_mib=376, left_gram=2.2, left_weight=1.1),
+        Working(0.9, 3.5, fixed_mib=419.2, left_gram=1.1, left_weight=1.1),
     ),
     "solver=fista": (
-        Working(5.4, 5.1, chunks=21, left_gram=3.2, left_weight=1.1),
-        Working(0.4, 6.2, chunks=22.6, left_gram=1.1, left_weight=1.1),
+        Working(7.1, 5.4, left_gram=3.2, left_weight=1.1),
+        Working(1, 6.1, chunks=3.7, left_gram=1.1, left_weight=1.1),
     ),
     "solver=admm": (
-        Working(5.2, 2.1, chunks=15.4, left_weight=1.1),
-        Working(1.2, 2.2, chunks=15.2, left_weight=1.1),
+        Working(6, 1.8, chunks=4.3, left_gram=0.1, left_weight=1.1),
+        Working(0.8, 2.5, chunks=9.3, left_weight=1.1),
     ),
     "solver=alps": (
-        Working(7.9, 1.9, chunks=28.1, left_gram=2.2, left_weight=1.1),
-        Working(1.3, 3.1, chunks=24.8, left_gram=1.1, left_weight=1.1),
+        Working(8.9, 2.4, chunks=5.3, left_gram=2.2, left_weight=1.1),
+        Working(0.8, 3.2, chunks=11.8, left_gram=1.1, left_weight=1.1),
     ),
     "refit=cg": (
-        Working(4.1, 0.6, chunks=22.9, left_weight=1.1),
-        Working(0.4, 1.7, chunks=18.3, left_gram=1.1, left_weight=1.1),
+        Working(3.4, 1.9, chunks=6.9, left_weight=1.1),
+        Working(1.1, 2.4, chunks=10, left_gram=1.1, left_weight=1.1),
     ),
     "refit=exact": (
-        Working(0.8, 3, fixed_mib=464, left_weight=1.1),
-        Working(0.8, 4.2, fixed_mib=507.2, left_gram=1.1, left_weight=1.1),
+        Working(1.1, 3.3, fixed_mib=400, left_weight=1.1),
+        Working(0.9, 3.5, fixed_mib=417.6, left_gram=1.1, left_weight=1.1),
     ),
     "aim=residual": (
-        Working(4.5, 1, chunks=3.3, left_gram=2.2, left_weight=1.1),
-        Working(1.4, 1.5, chunks=4.4, left_gram=1.1, left_weight=1.1),
+        Working(4.3, 1.1, chunks=1.1, left_gram=2.2, left_weight=1.1),
+        Working(1.2, 1.1, chunks=3, left_gram=1.1, left_weight=1.1),
     ),
     "permute=by solver": (
-        Working(5.7, 4.3, chunks=7.4, left_gram=2.2),
-        Working(1.8, 5, chunks=2.4, left_gram=0.1),
+        Working(6, 2.5, left_gram=2.2),
+        Working(1.3, 3.2, chunks=2.6, left_gram=0.1, left_weight=0.1),
     ),
     "permute=by score": (
-        Working(0, 5.3, chunks=5.4, left_weight=0.1),
-        Working(0, 5.3, chunks=5.4, left_weight=0.1),
+        Working(0, 3, chunks=4.5, left_weight=0.1),
+        Working(0, 3, chunks=4.5, left_weight=0.1),
     ),
 }
 # Of what comes before and after these: the copy of the dense weight; the result as it is stored, and its error.

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-from sparsify.bench.engaged import MEMORY_ONLY, ran_sparse, reads_packed, runs_sparse
+from sparsify.bench.engaged import MEMORY_ONLY, expands, ran_sparse, runs_sparse
 from sparsify.report.pairs import tokens_at_once
 
 DENSE = "DENSE: asked to be sparse, no sparse kernel ran"
@@ -47,7 +47,7 @@ def status(engaged: dict[str, str], asked: bool, pruned: int, scenario: dict[str
             ("unasked", NOT_ASKED) if any(map(runs_sparse, engaged.values())) else ("dense", "dense, as asked")
         )
     elif not n_sparse:
-        dense = EXPANDED if any(map(reads_packed, engaged.values())) else DENSE
+        dense = EXPANDED if any(expands(kernel, tokens or 1) for kernel in engaged.values()) else DENSE
         state, text = ("DENSE", dense) if known else ("unknown", UNKNOWN)
     elif n_sparse < n:
         rest = f", {n - n_known} unknown" if n_known < n else ""
