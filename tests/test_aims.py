@@ -56,7 +56,9 @@ def inputs_of(model: Any, block: int, names: list[str], ids: torch.Tensor) -> di
     return seen
 
 
-@pytest.mark.parametrize("aim", ["own", "dense", "residual"])
+@pytest.mark.parametrize(
+    "aim", [pytest.param("own", marks=pytest.mark.slow), pytest.param("dense", marks=pytest.mark.slow), "residual"]
+)
 def test_the_driver_solves_for_the_stated_targets(aim: str, stories: Path, stories_ids: str, tmp_path: Path) -> None:
     """Group by group with SparseGPT, targets from explicit inputs by least squares in float64."""
     from safetensors.torch import load_file
@@ -109,6 +111,7 @@ def test_the_driver_solves_for_the_stated_targets(aim: str, stories: Path, stori
     assert aims["down_proj"] == aim
 
 
+@pytest.mark.slow
 def test_full_aims_help_a_trained_model(trained: Path, stories_ids: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -23,8 +23,8 @@ from sparsify.methods import METHODS, PARTS
 from sparsify.recipe import Recipe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-# Of a gram of 4 MiB and a weight of 2: the page tables, stacks and arenas that come and go around them.
-NOISE_BYTES = 3 << 20
+# Of a gram of 2 MiB and a weight of 1: the page tables, stacks and arenas that come and go around them.
+NOISE_BYTES = 2 << 20
 SIZES = {
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
@@ -80,16 +80,16 @@ def measured(width: str) -> dict[tuple[str, str], dict[str, int]]:
     code = (
         f"import sys, json; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         f"import solver_memory as m; m.make_smaller({width!r})\n"
-        "parts = [(part, p) for part in m.PARTS for p in ('2:4', '0.5') if p == '2:4' or 'permute' not in part]\n"
-        f"parts = [each for each in parts if {width!r} in m.PARTS[each[0]]]\n"
-        "print(json.dumps([[part, p, m.measure(part, 512, 1024, p)] for part, p in parts]))\n"
+        f"parts = [part for part in m.PARTS if {width!r} in m.PARTS[part]]\n"
+        f"cases = [(part, '2:4' if {width!r} == 'wide' or 'permute' in part else '0.5') for part in parts]\n"
+        "print(json.dumps([[part, p, m.measure(part, 384, 768, p)] for part, p in cases]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return {(part, pattern): found for part, pattern, found in json.loads(done.stdout)}
 
 
-@pytest.fixture(scope="module", params=["narrow", "wide"])
+@pytest.fixture(scope="module", params=[pytest.param(width, marks=pytest.mark.slow) for width in ("narrow", "wide")])
 def measurements(request: pytest.FixtureRequest) -> tuple[bool, dict[tuple[str, str], dict[str, int]]]:
     return request.param == "wide", measured(request.param)
 
@@ -99,15 +99,15 @@ def test_no_part_takes_more_than_the_table_says(
 ) -> None:
     wide, found = measurements
     monkeypatch.setattr(working, "CHUNK_BYTES", CHUNK_BYTES // 64)
-    linear = Linear("linear", 512, 1024, "linear", m=4)
+    linear = Linear("linear", 384, 768, "linear", m=4)
     over = {}
     for (part, pattern), taken in found.items():
         # As benchmarks/solver_memory.py makes pieces smaller.
         row = replace(WORKING[part][wide], fixed_mib=WORKING[part][wide].fixed_mib / 16)
-        left = 4 * 1024 * (row.left_gram * 1024 + row.left_weight * 512)
+        left = 4 * 768 * (row.left_gram * 768 + row.left_weight * 384)
         if taken["peak"] > row.peak(linear) + NOISE_BYTES or taken["left"] > left + NOISE_BYTES:
             over[part, pattern] = taken["peak"], row.peak(linear), taken["left"], left
-    assert len(found) >= 15
+    assert len(found) >= 10
     assert not over
     # A table of any size would pass that: most parts take at least half of what it says.
     tight = [part for (part, _), taken in found.items() if 2 * taken["peak"] > WORKING[part][wide].peak(linear)]
@@ -357,6 +357,7 @@ def test_what_is_free_here(tmp_path: Path) -> None:
     assert 0 < resident_bytes() < found.memory_bytes
     assert found.disk_bytes > 0
     assert found.device_bytes is None
+    assert available(Path("/proc/out")).disk_bytes == sys.maxsize
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -223,6 +223,7 @@ def test_ray_gives_the_bits_of_one_process(kind: str, deep: Path, ids_file: str,
     assert told.done == told.total
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:ResourceWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
 def test_actors_that_die_cost_their_task_only(deep: Path, ids_file: str, tmp_path: Path, ray: Any) -> None:
     whole = prune(source(deep), recipe("dense inputs", ids_file), tmp_path / "whole")

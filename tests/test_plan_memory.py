@@ -178,7 +178,13 @@ def test_what_an_interrupted_run_left_counts_as_there(prune: Run, free: Any, tmp
 
 @pytest.mark.parametrize(
     ("method", "pattern"),
-    [("magnitude", "0.5"), ("sparsegpt", "2:4"), ("mrp", "2:4"), ("fast", "2:4"), ("best", "0.5")],
+    [
+        ("fast", "2:4"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("magnitude", "0.5"), ("sparsegpt", "2:4"), ("best", "0.5"), ("mrp", "2:4"))
+        ),
+    ],
 )
 def test_a_run_takes_no_more_than_was_said(method: str, pattern: str, cli: Run, tmp_path: Path, ids_file: str) -> None:
     import transformers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -53,7 +54,9 @@ def available(out: Path, device: str = "cpu") -> Available:
         import torch
 
         on_device = int(torch.cuda.mem_get_info(torch.device(device))[0])
-    return Available(memory, shutil.disk_usage(existing(out)).free, on_device, source)
+    disk = shutil.disk_usage(existing(out))
+    # What has no size, such as /proc, stores nothing: writing to it will say so.
+    return Available(memory, disk.free if disk.total else sys.maxsize, on_device, source)
 
 
 def existing(path: Path) -> Path:

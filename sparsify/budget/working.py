@@ -118,7 +118,7 @@ WORKING: dict[str, tuple[Working, Working]] = {
 }
 # Of what comes before and after these: the copy of the dense weight; the result as it is stored, and its error.
 _KEPT_WEIGHTS = 1.0
-_REPORTING = Working(0.0, 4.0, chunks=2.0)
+_REPORTING, _REPORTING_BY_NORMS = Working(0.0, 1.0, chunks=3.0), Working(0.0, 3.0)
 
 
 def working_bytes(linear: Linear, plan: Method, width: int) -> float:
@@ -150,7 +150,7 @@ def working_bytes(linear: Linear, plan: Method, width: int) -> float:
         inverse = max(inverse, stage.left_gram * gram)
     # A wide matrix has one derived from it at a time, in the same storage; others keep them all.
     kept += 0 if wide else inverse
-    for stage in (*solving, _REPORTING):
+    for stage in (*solving, _REPORTING if plan.needs_gram else _REPORTING_BY_NORMS):
         most = max(most, kept + stage.peak(linear))
         kept += stage.left_weight * weight + (0 if wide else stage.left_gram * gram)
     # An expert that no token reaches is solved with a matrix of its own.
