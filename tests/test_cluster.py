@@ -75,6 +75,7 @@ def test_processes_give_the_bits_of_one(kind: str, deep: Path, ids_file: str, tm
     assert tree(found[2]) == tree(found[1])
 
 
+@pytest.mark.slow
 def test_other_workers_go_on_where_some_were_interrupted(
     deep: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,7 +139,14 @@ def test_blocks_with_dense_inputs_are_independent(llama: Path, ids_file: str, tm
         assert all(torch.equal(both[name], alone[name]) for name in names)
 
 
-@pytest.mark.parametrize("change", [{"refit": "cg"}, {"refit": "exact"}, {"refine": "swaps"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"refit": "cg"},
+        pytest.param({"refit": "exact"}, marks=pytest.mark.slow),
+        pytest.param({"refine": "swaps"}, marks=pytest.mark.slow),
+    ],
+)
 def test_parts_can_be_replaced_and_help(change: dict[str, Any], stories: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
