@@ -1,8 +1,11 @@
-"""How much faster do two workers prune than one, where blocks can be pruned by themselves? And are the bits the same?
-
-Each round runs every way once, in an order drawn anew; seconds are those of the whole command, one thread a worker.
+"""How much faster do two workers prune than one? And are the bits the same?
 
     python benchmarks/cluster_speedup.py --model smollm2-135m --blocks 8 --out FILE
+    python benchmarks/cluster_speedup.py --model smollm2-135m --blocks 8 --method sparsegpt --inputs pruned --out FILE
+
+Each round runs every way once, in an order drawn anew; seconds are those of the whole command, one thread a worker, and
+those from the start of the first block's work to the end of the last's, which a whole model has more of. Rounds are
+added to those that FILE has of the same commit and arguments.
 """
 
 from __future__ import annotations
@@ -43,53 +46,92 @@ def digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def run(command: list[str]) -> dict[str, float]:
+    """Seconds that a command takes, and those of processors that it and all it started have used."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return {"seconds": time.monotonic() - began, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+
+
+def blocks_seconds(folder: Path) -> float:
+    """From the beginning of the work on blocks, when workers start too, to the end of the last that is pruned."""
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    began = next(line["time"] for line in lines if line["event"] == "blocks")
+    ended = max(line["time"] for line in lines if line["event"] == "block" and line["linears"])
+    return float(ended - began)
+
+
+def ratios(samples: list[dict[str, Any]], key: str, ways: list[str]) -> dict[str, Any]:
+    """How many times the seconds of one worker are those of several, paired within rounds."""
+    by_way = {way: [row[key] for row in samples if row["way"] == way] for way in ways}
+    return {
+        f"{many} over {one}": spread([a / b for a, b in zip(by_way[one], by_way[many], strict=True)])
+        for one, many in PAIRS
+        if one in ways and many in ways
+    }
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--blocks", type=int, default=8, help="that are pruned; the others are copied")
     parser.add_argument("--method", default="fistapruner")
+    parser.add_argument("--inputs", choices=("dense", "pruned"), default="dense")
+    parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3, help="to add")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["one process", "2 processes", *PAIRS[0]])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    seconds: dict[str, list[float]] = {way: [] for way in options.ways}
-    digests: dict[str, set[str]] = {way: set() for way in options.ways}
-    draw = random.Random(0)
-    for _ in range(options.rounds):
-        for way in draw.sample(options.ways, len(options.ways)):
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "out"
-                includes = [arg for i in range(options.blocks) for arg in ("--include", f"*.layers.{i}.*")]
-                command = [
-                    sys.executable, "-m", "sparsify", "prune", options.model, "--method", options.method, "--inputs",
-                    "dense", "--windows", str(options.windows), *includes, "--out", str(out), *WAYS[way],
-                ]  # fmt: skip
-                began = time.monotonic()
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                seconds[way].append(time.monotonic() - began)
-                digests[way].add(digest(out))
-                print(way, round(seconds[way][-1], 1), flush=True)
-    if len(set.union(*digests.values())) != 1:
-        raise SystemExit(f"the bits differ: {digests}")
     record: dict[str, Any] = {
         "benchmark": "cluster_speedup",
         "commit": commit(),
+        "arguments": {key: value for key, value in vars(options).items() if key not in ("out", "rounds")},
+    }
+    samples: list[dict[str, Any]] = []
+    if options.out.exists():
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        if any(before[key] != record[key] for key in record):
+            raise SystemExit(f"{options.out}: is of another commit, or of other arguments; remove it")
+        samples = before["samples"]
+    includes = [arg for i in range(options.blocks) for arg in ("--include", f"*.layers.{i}.*")]
+    first = len(samples) // len(options.ways)
+    for number in range(first, first + options.rounds):
+        for way in random.Random(number).sample(options.ways, len(options.ways)):
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "out"
+                command = [
+                    sys.executable, "-m", "sparsify", "prune", options.model, "--pattern", options.pattern, "--method",
+                    options.method, "--inputs", options.inputs, "--windows", str(options.windows), "--length",
+                    str(options.length), *includes, "--out", str(out), *WAYS[way],
+                ]  # fmt: skip
+                row = {"round": number, "way": way, **run(command)}
+                samples.append({**row, "blocks_seconds": blocks_seconds(out), "digest": digest(out)})
+                print({key: round(value, 1) if isinstance(value, float) else value for key, value in row.items()},
+                      round(samples[-1]["blocks_seconds"], 1), flush=True)  # fmt: skip
+    found = {row["way"]: row["digest"] for row in samples}
+    if len({row["digest"] for row in samples}) != 1:
+        raise SystemExit(f"the bits differ: {found}")
+    record |= {
         "environment": environment(1),
-        "arguments": {key: value for key, value in vars(options).items() if key != "out"},
         "same_bits": True,
-        "seconds": {way: spread(values) for way, values in seconds.items()},
-        "samples_s": seconds,
-        "speedups": {
-            f"{many} over {one}": spread([a / b for a, b in zip(seconds[one], seconds[many], strict=True)])
-            for one, many in PAIRS
-            if one in seconds and many in seconds
+        "seconds": {way: spread([row["seconds"] for row in samples if row["way"] == way]) for way in options.ways},
+        "cpu_seconds": {
+            way: spread([row["cpu_seconds"] for row in samples if row["way"] == way]) for way in options.ways
         },
+        "speedups": ratios(samples, "seconds", options.ways),
+        "speedups_of_blocks": ratios(samples, "blocks_seconds", options.ways),
+        "samples": samples,
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record["speedups"], indent=1))
+    print(json.dumps({key: record[key] for key in ("speedups", "speedups_of_blocks")}, indent=1))
 
 
 if __name__ == "__main__":

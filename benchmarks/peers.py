@@ -221,17 +221,17 @@ def use_official_rounding() -> None:
     """Replace our accumulator and RIA's expression by the official order of operations."""
     import torch
 
-    from sparsify import scores, stats, watch
+    from sparsify import scores, stats, sums, watch
 
-    class RunningMean(stats.Accumulator):
+    class RunningMean(sums.Accumulator):
         def add(self, x: torch.Tensor, dense: torch.Tensor | None = None, shift: torch.Tensor | None = None) -> None:
-            before, seen = self.sq_norm.clone(), self.n_tokens
+            before, seen = self._sq_norm + self._part_sq_norm, self.n_tokens
             super().add(x, dense, shift)
             tokens = x.reshape(-1, x.shape[-1]).float()
             seen //= tokens.shape[0]
             mean = (before / max(seen, 1)).float()
             mean = mean * (seen / (seen + 1)) + torch.norm(tokens.t(), p=2, dim=1) ** 2 / (seen + 1)
-            self.sq_norm = mean.double() * (seen + 1)
+            self._part_sq_norm = mean.double() * (seen + 1) - self._sq_norm
 
     def ria(weight: torch.Tensor, given: stats.InputStats | None, plan: Any, seed: int) -> torch.Tensor:
         assert given is not None

@@ -61,7 +61,7 @@ def run_part(part: str, n_out: int, n_in: int, pattern: str) -> Callable[[], Any
     import torch
 
     from sparsify.grams import Grams
-    from sparsify.layer import prune_layer, salience, target
+    from sparsify.layer import prune_layer, pull, salience, target
     from sparsify.methods import Method
     from sparsify.permute import search
     from sparsify.stats import InputStats
@@ -71,7 +71,8 @@ def run_part(part: str, n_out: int, n_in: int, pattern: str) -> Callable[[], Any
     tokens = torch.randn(n_in + 64, n_in, generator=generator)
     gram = tokens.t() @ tokens
     mean = tokens.sum(dim=0)
-    weight = torch.randn(n_out, n_in, generator=generator)
+    # As models store them: where a part needs float32, it makes a copy.
+    weight = torch.randn(n_out, n_in, generator=generator).bfloat16()
     kind, _, name = part.partition("=")
     aimed = kind == "aim"
     stats = InputStats(
@@ -80,7 +81,7 @@ def run_part(part: str, n_out: int, n_in: int, pattern: str) -> Callable[[], Any
         mean,
         gram,
         gram * 0.01 if aimed else None,
-        weight * 0.01 if aimed else None,
+        weight.float() * 0.01 if aimed else None,
         gram.diagonal().clone(),
     )
     del tokens
@@ -98,9 +99,12 @@ def run_part(part: str, n_out: int, n_in: int, pattern: str) -> Callable[[], Any
     def call() -> Any:
         with torch.inference_mode():
             if kind == "aim":
-                return target(weight, stats, grams.of(stats, part), plan), grams
+                return target(weight, grams.of(stats, part), pull(weight, stats, plan)[0]), grams
             if kind == "permute":
-                worth = salience(weight, stats, grams.of(stats, part) if plan.needs_gram else None, plan)
+                own = grams.of(stats, part) if plan.needs_gram else None
+                worth = salience(weight, stats, own, plan)
+                if own is not None:
+                    own.release()
                 return grams.reordered(stats, search(worth, parsed, n_sweeps=2).perm), grams  # type: ignore[arg-type]
             needs = plan.needs_gram
             outcome = prune_layer(weight, stats, grams.of(stats, part) if needs else None, parsed, plan)
@@ -120,13 +124,15 @@ def status_bytes(key: str) -> int:
 def make_smaller(width: str) -> None:
     """Shrink pieces of a fixed size, and have every Gram matrix count as wide, or none."""
     from sparsify import chunks, memory, permute
-    from sparsify.solvers import exact, factor, mrp, quadratic, swaps
+    from sparsify.solvers import exact, factor, mrp, quadratic, sparsegpt, swaps
 
     # Pieces are as far from the size that goes back to the system at once as they really are.
     memory._THRESHOLD_BYTES //= _SMALLER
     memory.return_large_frees()
     chunks.CHUNK_BYTES //= _SMALLER
     factor.PANEL //= 8
+    sparsegpt.BLOCK //= 8
+    mrp._PANEL //= 8
     assert exact.exact.__kwdefaults__ is not None
     exact.exact.__kwdefaults__["budget"] //= SMALLER_BATCHES
     quadratic.WIDE = 0 if width == "wide" else 1 << 30

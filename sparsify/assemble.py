@@ -16,7 +16,7 @@ from sparsify.checkpoint import (
     write_permutations,
     write_shard,
 )
-from sparsify.cluster.job import DENSE, ORDERS, PRUNED, SHARD
+from sparsify.cluster.files import ORDERS, PASSING, SHARD
 from sparsify.data import Windows
 from sparsify.files import sha256_file, write_json
 from sparsify.naming import Binding
@@ -89,9 +89,8 @@ class Rest:
             portable_config(self.skeleton.config, getattr(self.skeleton.text_config, "rope_parameters", None)),
         )
         copy_side_files(self.source.folder, folder)
-        hidden = [each.format(block) for each in (PRUNED, DENSE) for block in range(self.skeleton.n_blocks + 1)]
-        for name in (*hidden, *(path.name for path in folder.glob("*.tmp"))):
-            (folder / name).unlink(missing_ok=True)
+        for path in [path for pattern in PASSING for path in folder.glob(pattern)]:
+            path.unlink(missing_ok=True)
         self._join_orders()
 
     def _join_orders(self) -> None:

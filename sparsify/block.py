@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,35 +11,35 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from sparsify.errors import ModelError, NumericsError
+from sparsify.chunks import chunks
+from sparsify.errors import NumericsError
 from sparsify.grams import Grams
-from sparsify.hidden import Calls, HiddenFile
 from sparsify.journal import Stopwatch
-from sparsify.layer import Outcome, prune_layer, seed_of, target
+from sparsify.layer import Outcome, prune_layer, pull, seed_of, target
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
+from sparsify.passes import Passes, Streams
 from sparsify.permute import inverse
 from sparsify.progress import Progress
-from sparsify.reorder import Reorder
+from sparsify.reorder import Placed, Reorder
+from sparsify.solvers.factor import reorder_columns_
 from sparsify.solvers.quadratic import Gram, relative_error
-from sparsify.stats import InputStats, Wanted
+from sparsify.stats import InputStats
 from sparsify.types import LinearSpec, NofM, Pattern, PrunedLinear
-from sparsify.watch import Tape, collect, keys, stream_places, watch
 
 
 @dataclass(frozen=True)
-class Streams:
-    """The calibration set on its way through the blocks.
+class Course:
+    """In which order the linears of a block are pruned.
 
     Attributes:
-        calls: how blocks are called.
-        pruned: hidden states that enter the block being pruned, and the file for what leaves it.
-        dense: the same in the dense model; None unless targets are dense, and the same files if blocks see those.
+        groups: linears whose statistics are taken together, in the order of their computation; in each those that have
+            to be solved by one process, in order.
+        places: of the block (``Passes.places``).
     """
 
-    calls: Calls
-    pruned: tuple[HiddenFile, HiddenFile]
-    dense: tuple[HiddenFile, HiddenFile] | None = None
+    groups: list[list[list[LinearSpec]]]
+    places: dict[str, str]
 
 
 class BlockPruner:
@@ -75,9 +75,9 @@ class BlockPruner:
         self.dtypes = dtypes
         self.seed = seed
         self.length = length
-        self.device = device
         self.progress = progress
         self._told: set[str] = set()
+        self.passes = Passes(skeleton, plan, device, length, progress, self._tell)
         self.reorder = Reorder(skeleton, plan, patterns, seed, self._tell)
 
     def prune(
@@ -110,55 +110,109 @@ class BlockPruner:
         """
         if streams is None:
             with clock("solve"):
-                return self._prune_group(index, specs, {spec.name: None for spec in specs})
+                return self.solve(index, specs, {spec.name: None for spec in specs})
         # Dense weights are needed beside the pruned ones as long as later groups are compared with them.
         reference = deepcopy(block) if self.plan.aim != "own" else None
-        places: dict[str, str] = {}
-        if self.plan.aim == "residual":
-            first = next(streams.pruned[0].windows(self.device))
-            places = stream_places(
-                block, self.skeleton.prefix(index), specs, lambda: streams.calls.run(block, index, first)
-            )
-            if not places:
-                self._tell(
-                    "aim residual: this architecture adds no linear's output to the residual stream as it is; "
-                    "its aim is dense"
-                )
         rows: list[PrunedLinear] = []
         orders: dict[str, torch.Tensor] = {}
-        groups = self._groups(block, index, specs, streams)
+        with clock("statistics"):
+            places = self.passes.places(block, index, specs, streams)
+            groups = self.passes.groups(block, index, specs, streams)
         for group in groups:
-            leaving = streams.dense[1] if write_dense and streams.dense and group is groups[-1] else None
+            last = group is groups[-1]
             with clock("statistics"):
-                stats = self._collect(block, reference, index, group, streams, places, leaving)
+                stats = self._statistics(block, reference, index, group, streams, places, leave=write_dense and last)
+            if last:
+                reference = None
             with clock("solve"):
-                found, permuted = self._prune_group(index, group, dict(stats))
+                found, permuted = self.solve(index, group, stats)
             rows += found
             orders |= permuted
-        place = {spec.name: i for i, spec in enumerate(specs)}
-        return sorted(rows, key=lambda row: place[row.name]), orders
+        return in_order(rows, specs), orders
 
-    def _prune_group(
+    def _statistics(
+        self,
+        block: nn.Module,
+        reference: nn.Module | None,
+        index: int,
+        group: list[LinearSpec],
+        streams: Streams,
+        places: dict[str, str],
+        *,
+        leave: bool,
+    ) -> dict[str, InputStats | None]:
+        shards = streams.shards
+        collector = self.passes.collect(block, reference, index, group, streams, places, shards, leave=leave)
+        stats = collector.result(group)
+        self.passes.check(index, group, stats, {name: entry.n_tokens for name, entry in stats.items()})
+        return dict(stats)
+
+    def course(self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams) -> Course:
+        """How the dense ``block`` can be pruned by several processes; arguments as of ``prune``."""
+        groups = self.passes.groups(block, index, specs, streams)
+        shared: dict[str, int] = {}
+        if self.plan.permute == "gather":
+            # One order for all that read an input.
+            found = self.passes.sharing(block, index, specs, streams)
+            shared = {spec.name: i for i, members in enumerate(found) for spec in members}
+        made = []
+        for group in groups:
+            units: dict[object, list[LinearSpec]] = {}
+            apart = not self.reorder.moves_later(index, group)
+            for spec in group:
+                units.setdefault(shared.get(spec.name, spec.name) if apart else None, []).append(spec)
+            made.append(list(units.values()))
+        return Course(made, self.passes.places(block, index, specs, streams))
+
+    def solve(
         self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats | None]
     ) -> tuple[list[PrunedLinear], dict[str, torch.Tensor]]:
+        """Prune ``specs``, whose statistics were taken together, in place; returns as ``prune`` does.
+
+        ``stats`` of each by name, None where there is no text; they are emptied as they are used up, and matrices go as
+        soon as no linear needs them, where nobody else holds them.
+        """
         grams = Grams(self.plan.setting("damping"), self.length, self._tell)
         placed, orders = self.reorder.shared(index, specs, stats, grams)
-        rows = []
-        for i, spec in enumerate(specs):
-            entry = stats[spec.name]
-            folded = self.reorder.fold(index, spec, entry, grams)
-            if folded is not None:
-                placed[spec.name], orders[spec.name] = (None, "folded"), folded.cpu()
-                entry = None if entry is None else grams.reordered(entry, folded)
-            perm, kind = placed.get(spec.name, (None, "no"))
-            row = self._prune_linear(spec, entry, grams.of(entry, spec.name), perm)
-            rows.append(replace(row, permuted=kind))
-            if entry is not None:
-                self.progress.advance()
-                if all(stats[later.name] is not stats[spec.name] for later in specs[i + 1 :]):
-                    # With its factorisations a Gram matrix takes six times its size, and experts are many.
-                    grams.forget(entry)
-        return rows, orders
+        return [self._prune_next(index, spec, stats, grams, placed, orders) for spec in specs], orders
+
+    def _prune_next(
+        self,
+        index: int,
+        spec: LinearSpec,
+        stats: dict[str, InputStats | None],
+        grams: Grams,
+        placed: dict[str, Placed],
+        orders: dict[str, torch.Tensor],
+    ) -> PrunedLinear:
+        """Aim, order and solution of one linear; what ``solve`` takes over and hands on."""
+        entry = stats.pop(spec.name)
+        last = all(other is not entry for other in stats.values())
+        gram = grams.of(entry, spec.name)
+        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
+        moved, aimed = pull(weight, entry, self.plan)
+        if entry is not None and last:
+            entry = grams.without_drift(entry)
+        with _named(spec):
+            aim = target(weight, gram, moved)
+        folded = self.reorder.fold(index, spec, aim, entry, gram)
+        if folded is not None:
+            placed[spec.name], orders[spec.name] = (None, "folded"), folded.cpu()
+            if aim is not weight:
+                reorder_columns_(aim, folded)
+            entry = None if entry is None else grams.reordered(entry, folded)
+            gram = grams.of(entry, spec.name)
+        if gram is not None and self.plan.solver == "admm":
+            # It makes a matrix of its own; the one that targets are made with can be had again, at a third of the cost.
+            gram.release()
+        perm, kind = placed.get(spec.name, (None, "no"))
+        row = self._prune_linear(spec, aim, entry, gram, perm)
+        if entry is not None:
+            self.progress.advance()
+            if last:
+                # With its factorisations a Gram matrix takes six times its size, and experts are many.
+                grams.forget(entry)
+        return replace(row, permuted=kind, aim=aimed)
 
     def _tell(self, notice: str, kind: str = "") -> None:
         """Pass a notice on, once for all of its ``kind``."""
@@ -166,121 +220,35 @@ class BlockPruner:
             self._told.add(kind or notice)
             self.progress.notice(notice)
 
-    # --- statistics ------------------------------------------------------------------------------------------------
-
-    def _groups(
-        self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams
-    ) -> list[list[LinearSpec]]:
-        """Linears whose statistics are taken together, in the order in which the block computes them."""
-        if self.plan.order == "block":
-            return [specs]
-        with collect(block, self.skeleton.prefix(index), specs) as collector:
-            streams.calls.run(block, index, next(streams.pruned[0].windows(self.device)))
-        groups: dict[str, list[LinearSpec]] = {}
-        for shared in collector.order(specs):
-            # All experts' gates and ups, then all downs: one of each would be a pass over the text per expert.
-            groups.setdefault(shared[0].parameter, []).extend(shared)
-        called = {spec.name for group in groups.values() for spec in group}
-        for spec in specs:
-            if spec.name not in called:
-                groups.setdefault(spec.parameter, []).append(spec)
-        return list(groups.values())
-
-    def _collect(
-        self,
-        block: nn.Module,
-        reference: nn.Module | None,
-        index: int,
-        specs: list[LinearSpec],
-        streams: Streams,
-        places: dict[str, str],
-        leaving: HiddenFile | None,
-    ) -> dict[str, InputStats]:
-        """Statistics of ``specs`` from one pass over the text; ``leaving`` receives what leaves the dense block."""
-        wanted = Wanted(self.plan.needs_mean, self.plan.needs_gram, self.plan.aim != "own", self.plan.aim == "residual")
-        prefix = self.skeleton.prefix(index)
-        run = streams.calls.run
-        n_windows = streams.pruned[0].layout.n_windows
-        places = {spec.parameter: places[spec.parameter] for spec in specs if spec.parameter in places}
-        if reference is None:
-            with collect(block, prefix, specs, wanted) as collector:
-                for i, hidden in enumerate(streams.pruned[0].windows(self.device), 1):
-                    with collector.window(whole=i == n_windows):
-                        run(block, index, hidden)
-                    self.progress.advance()
-        else:
-            tape = Tape(keys(specs))
-            dense = (streams.dense or streams.pruned)[0]
-            with (
-                watch(reference, prefix, specs, tape, places.values()),
-                collect(block, prefix, specs, wanted, tape, places, self.length) as collector,
-            ):
-
-                def passes() -> Iterator[torch.Tensor]:
-                    windows = zip(streams.pruned[0].windows(self.device), dense.windows(self.device), strict=True)
-                    for i, (hidden, entering) in enumerate(windows, 1):
-                        tape.rewind()
-                        output = entering
-                        # What leaves the block takes a complete pass, the inputs of its linears alone a shorter one.
-                        with nullcontext() if leaving is not None else tape.window(whole=i == n_windows):
-                            output = run(reference, index, entering)
-                        with collector.window(whole=i == n_windows):
-                            run(block, index, hidden)
-                        self.progress.advance()
-                        yield output
-
-                if leaving is not None:
-                    leaving.write(passes())
-                else:
-                    for _ in passes():
-                        pass
-        stats = collector.result(specs)
-        self._check_seen(index, specs, stats)
-        if wanted.drift and any(entry.drift is None and entry.n_tokens for entry in stats.values()):
-            self._tell(
-                f"aim {self.plan.aim}: experts are given other tokens in the dense model; their aim is own",
-                "aim of experts",
-            )
-        return stats
-
-    def _check_seen(self, index: int, specs: list[LinearSpec], stats: dict[str, InputStats]) -> None:
-        unseen = [spec for spec in specs if stats[spec.name].n_tokens == 0]
-        # An expert may be routed to by no token; a module, or all experts at once, cannot.
-        seen = {spec.parameter for spec in specs if stats[spec.name].n_tokens}
-        for spec in unseen:
-            if spec.parameter not in seen:
-                raise ModelError(
-                    f"{spec.name}: its module is never called, so its inputs cannot be seen; "
-                    f"pass --exclude '{spec.name}' or --method magnitude"
-                )
-        if unseen:
-            self.progress.notice(
-                f"{len({spec.expert for spec in unseen})} experts of block {index} saw no calibration token; "
-                "their inputs count as equal (use more calibration text)"
-            )
-
     # --- one linear ------------------------------------------------------------------------------------------------
 
     def _prune_linear(
-        self, spec: LinearSpec, stats: InputStats | None, gram: Gram | None, perm: torch.Tensor | None = None
+        self,
+        spec: LinearSpec,
+        aim: torch.Tensor,
+        stats: InputStats | None,
+        gram: Gram | None,
+        perm: torch.Tensor | None = None,
     ) -> PrunedLinear:
+        """Prune one linear that should compute ``aim`` [out, in], its weight itself or a target."""
         pattern = self.patterns[spec.name]
         weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
-        # A copy: the weight is overwritten before the two are compared.
-        dense = weight.to(torch.float32, copy=True)
-        try:
-            aim, aimed = target(dense, stats, gram, self.plan)
+        with _named(spec):
             outcome = self._solve(spec, aim, stats, gram, perm)
-        except NumericsError as error:
-            raise NumericsError(f"{spec.name}: {error}") from None
-        stored = outcome.weight.to(self.dtypes.get(spec.parameter, weight.dtype))
-        if not bool(torch.isfinite(stored).all()):
-            other = "raise --set damping" if self.plan.solver == "sparsegpt" else "use --method sparsegpt"
-            raise NumericsError(
-                f"{spec.name}: weights too large for {str(stored.dtype).removeprefix('torch.')} came out; "
-                f"give more calibration text (--windows) or {other}"
-            )
-        weight.copy_(stored)
+        pruned = outcome.weight
+        for rows in chunks(*pruned.shape):
+            # In the same storage, as the model will hold it.
+            stored = pruned[rows].to(self.dtypes.get(spec.parameter, weight.dtype))
+            if not bool(torch.isfinite(stored).all()):
+                other = "raise --set damping" if self.plan.solver == "sparsegpt" else "use --method sparsegpt"
+                raise NumericsError(
+                    f"{spec.name}: weights too large for {str(stored.dtype).removeprefix('torch.')} came out; "
+                    f"give more calibration text (--windows) or {other}"
+                )
+            pruned[rows] = stored.to(weight.dtype)
+        # Before the weight is overwritten: there is no other copy of the dense one.
+        error = _relative_error(weight, pruned, stats, gram)
+        weight.copy_(pruned)
         status = outcome.status
         if stats is not None and stats.n_tokens == 0:
             status = "fallback: no calibration token came here, all inputs counted as equal"
@@ -300,10 +268,9 @@ class BlockPruner:
             shape=(spec.out_features, spec.in_features),
             pattern=str(pattern),
             group=str(pattern.m) if isinstance(pattern, NofM) else (pattern.group or self.plan.group),
-            zeros=int((weight == 0).sum()),
-            relative_error=_relative_error(dense, weight, stats, gram),
+            zeros=weight.numel() - int(weight.count_nonzero()),
+            relative_error=error,
             n_tokens=stats.n_tokens if stats is not None else 0,
-            aim=aimed,
             objective_before=outcome.objective_before,
             objective=outcome.objective,
             n_iter=outcome.n_iter,
@@ -324,10 +291,15 @@ class BlockPruner:
             plan = replace(plan, refine="none")
         if perm is None:
             return prune_layer(aim, stats, gram, self.patterns[spec.name], plan, seed=seed, length=self.length)
+        moved = None if gram is None else gram.permuted(perm)
+        if stats is not None:
+            # One copy of the matrix is enough; a silent input's own is nothing but zeros.
+            lean = replace(stats, gram=None, drift=None, shift=None).permuted(perm)
+            stats = replace(lean, gram=stats.gram if moved is None or stats.silent else moved.matrix)
         outcome = prune_layer(
             aim[:, perm],
-            None if stats is None else stats.permuted(perm),
-            None if gram is None else gram.permuted(perm),
+            stats,
+            moved,
             self.patterns[spec.name],
             plan,
             seed=seed,
@@ -336,11 +308,29 @@ class BlockPruner:
         return replace(outcome, weight=outcome.weight[:, inverse(perm)])
 
 
+def in_order(rows: Sequence[PrunedLinear], specs: Sequence[LinearSpec]) -> list[PrunedLinear]:
+    """``rows`` in the order of ``specs``."""
+    place = {spec.name: i for i, spec in enumerate(specs)}
+    return sorted(rows, key=lambda row: place[row.name])
+
+
 def _relative_error(dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None) -> float:
     """Output error on the inputs seen, relative to the dense output; without a Gram matrix, by input norms alone."""
     if gram is not None:
         return relative_error(dense, pruned, gram.matrix)
-    scale = stats.rms.square() if stats is not None else 1.0
-    whole = float((dense.square() * scale).sum(dtype=torch.float64))
-    lost = float(((dense - pruned.float()).square() * scale).sum(dtype=torch.float64))
+    scale = stats.rms.square() if stats is not None else torch.ones(1, device=dense.device)
+    whole = lost = 0.0
+    for rows in chunks(*dense.shape):
+        part = dense[rows].float()
+        whole += float((part.square() * scale).sum(dtype=torch.float64))
+        lost += float((part.sub(pruned[rows]).square_() * scale).sum(dtype=torch.float64))
     return lost / whole if whole > 0 else 0.0
+
+
+@contextmanager
+def _named(spec: LinearSpec) -> Iterator[None]:
+    """Errors in numbers say whose they are."""
+    try:
+        yield
+    except NumericsError as error:
+        raise NumericsError(f"{spec.name}: {error}") from None

@@ -57,19 +57,28 @@ class Grams:
         """Let go of the matrix of ``stats`` and what was derived from it."""
         self._made.pop(id(stats), None)
 
+    def without_drift(self, stats: InputStats) -> InputStats:
+        """``stats`` without what only targets are made of, ``drift`` and ``shift``, with the same matrix.
+
+        They are as large as the matrix and a weight: once the last target is made, nobody should hold ``stats``.
+        """
+        lean = replace(stats, drift=None, shift=None)
+        if id(stats) in self._made:
+            self._made[id(lean)] = lean, self._made.pop(id(stats))[1]
+        return lean
+
     def reordered(self, stats: InputStats, perm: torch.Tensor) -> InputStats:
         """``stats`` with inputs in the order ``perm``, whose matrix takes over what is known of theirs.
 
-        They take their matrices over as well, in the same storage: ``stats`` are of no more use.
+        It takes their matrix over as well, in the same storage: ``stats`` are of no more use. What only targets are
+        made of (``without_drift``) stays behind.
         """
         _, made = self._made.pop(id(stats), (None, None))
         after = None if made is None else made.permuted(perm, in_place=True)
         # A silent input's matrix is not the one that was collected.
-        apart = stats.gram is not None and (made is None or made.matrix is not stats.gram)
-        for matrix in (stats.gram if apart else None, stats.drift):
-            if matrix is not None:
-                reorder_(matrix, perm)
-        moved = replace(replace(stats, gram=None, drift=None).permuted(perm), gram=stats.gram, drift=stats.drift)
+        if stats.gram is not None and (made is None or made.matrix is not stats.gram):
+            reorder_(stats.gram, perm)
+        moved = replace(replace(stats, gram=None, drift=None, shift=None).permuted(perm), gram=stats.gram)
         if after is not None:
             self._made[id(moved)] = moved, after
         return moved

@@ -1,16 +1,18 @@
 """Calibration data on its way through the blocks: the hidden states on disk, and the calls each block receives.
 
-Hidden states live in files, one for the inputs of each block that is still to be pruned. The page cache makes that as
-fast as memory while there is memory, only one window is held by a process, and the files are the checkpoint from which
-an interrupted run, or another process, goes on.
+Hidden states live in files, one for each shard of the text and each block that is still to be pruned. The page cache
+makes that as fast as memory while there is memory, only one window is held by a process, and the files are the
+checkpoint from which an interrupted run, or another process, goes on.
 """
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,19 @@ import torch
 from torch import nn
 
 from sparsify.errors import ModelError, NumericsError, SparsifyError
-from sparsify.files import sync_folder, writing
+from sparsify.files import sync_folder, temporary_beside, writing
 from sparsify.model import Skeleton
 from sparsify.naming import Binding
+
+# Parts of the text that are summed by themselves, by one process or by several: what is summed does not depend on it.
+SHARDS = 8
+
+
+def shards_of(n_windows: int) -> list[range]:
+    """The windows of each shard of ``n_windows``: consecutive, and of nearly the same number."""
+    n = min(SHARDS, n_windows)
+    ends = [n_windows * i // n for i in range(n + 1)]
+    return [range(a, b) for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,11 @@ class HiddenFile:
         """Yield each window [1, length, width]."""
         layout = self.layout
         with self.path.open("rb") as file:
-            for _ in range(layout.n_windows):
+            for i in range(layout.n_windows):
+                if hasattr(os, "posix_fadvise"):
+                    # The window after this one is read from disk while this one is computed with.
+                    ahead = (i + 1) * layout.window_bytes
+                    os.posix_fadvise(file.fileno(), ahead, layout.window_bytes, os.POSIX_FADV_WILLNEED)
                 buffer = bytearray(layout.window_bytes)
                 if file.readinto(buffer) != layout.window_bytes:
                     raise ModelError(f"{self.path}: truncated; pass --overwrite to start again")
@@ -68,14 +84,53 @@ class HiddenFile:
             OutputError: disk full.
         """
         checksum = 0
-        with writing(self.path), self.path.open("wb") as file:
-            for window in windows:
-                data = window.to("cpu", self.layout.dtype).contiguous().view(torch.uint8).numpy().data
-                checksum = zlib.crc32(data, checksum)
-                file.write(data)
-            file.flush()
-            sync_folder(self.path)
+        # Under its name when it is whole: one that was given up may still be at it when another has done it again.
+        with writing(self.path), temporary_beside(self.path) as temporary:
+            with temporary.open("wb") as file:
+                for window in windows:
+                    data = window.to("cpu", self.layout.dtype).contiguous().view(torch.uint8).numpy().data
+                    checksum = zlib.crc32(data, checksum)
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+            sync_folder(self.path.parent)
         self.crc32 = checksum
+
+
+class HiddenStates:
+    """The hidden states of all windows, in a file for each shard: ``<stem>.<shard>``.
+
+    Attributes:
+        layout: of all windows.
+        shards: the files.
+    """
+
+    def __init__(self, stem: Path, layout: Layout) -> None:
+        self.layout = layout
+        self.shards = [
+            HiddenFile(stem.with_name(f"{stem.name}.{i}"), replace(layout, n_windows=len(windows)))
+            for i, windows in enumerate(shards_of(layout.n_windows))
+        ]
+
+    def windows(self, device: str) -> Iterator[torch.Tensor]:
+        """Yield each window [1, length, width]."""
+        for shard in self.shards:
+            yield from shard.windows(device)
+
+    def write(self, windows: Iterator[torch.Tensor]) -> None:
+        """Replace the files by ``windows``; on disk when this returns.
+
+        Raises:
+            OutputError: disk full.
+        """
+        for shard in self.shards:
+            shard.write(islice(windows, shard.layout.n_windows))
+
+    def remove(self) -> None:
+        """Remove the files that are there."""
+        for shard in self.shards:
+            shard.path.unlink(missing_ok=True)
 
 
 def file_crc32(path: Path) -> int:
@@ -155,14 +210,14 @@ class _Recorder:
 def enter(
     binding: Binding,
     ids: torch.Tensor,
-    paths: Sequence[Path],
+    stems: Sequence[Path],
     dtype: torch.dtype,
     device: str,
-) -> tuple[Calls, list[HiddenFile]]:
+) -> tuple[Calls, list[HiddenStates]]:
     """Run everything before the blocks on ``ids`` [windows, length].
 
-    Returns the calls that every block receives, and ``paths`` as files that each hold the first block's inputs; without
-    any, only the first window is run.
+    Returns the calls that every block receives, and for each of ``stems`` files that hold the first block's inputs;
+    without any, only the first window is run.
 
     Raises:
         ModelError: the blocks are called in a way that depends on the tokens, or not in sequence.
@@ -175,7 +230,7 @@ def enter(
     first = _record(recorder, base, ids[:1].to(device))
     calls = Calls(first.shape[-1], recorder.arguments, recorder.by_keyword)
     layout = Layout(ids.shape[0], ids.shape[1], calls.width, dtype)
-    files = [HiddenFile(path, layout) for path in paths]
+    made = [HiddenStates(stem, layout) for stem in stems]
 
     def windows() -> Iterator[torch.Tensor]:
         for i, window in enumerate(ids):
@@ -190,10 +245,10 @@ def enter(
                 )
             yield hidden
 
-    for i, file in enumerate(files):
-        file.write(files[0].windows("cpu") if i else windows())
+    for i, states in enumerate(made):
+        states.write(made[0].windows("cpu") if i else windows())
     binding.unload(base)
-    return calls, files
+    return calls, made
 
 
 def _record(recorder: _Recorder, base: nn.Module, ids: torch.Tensor) -> torch.Tensor:

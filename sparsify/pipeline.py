@@ -110,6 +110,7 @@ def prune_and_export(
     device: str = "cpu",
     workers: int | None = None,
     cluster: str | None = None,
+    offload: bool = False,
     options: Options | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -158,6 +159,7 @@ def prune_and_export(
                 device=device,
                 workers=workers,
                 cluster=cluster,
+                offload=offload,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )

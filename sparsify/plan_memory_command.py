@@ -21,6 +21,7 @@ from sparsify.options import (
     Length,
     MethodName,
     Model,
+    Offload,
     Override,
     Pattern,
     RecipeFile,
@@ -61,6 +62,7 @@ def plan_memory_command(
         int | None, typer.Option(help="Threads of the calibration.", show_default="one for each core")
     ] = None,
     workers: Workers = None,
+    offload: Offload = False,
     no_calibration: Annotated[
         bool, typer.Option("--no-calibration", help="Memory and disk only; nothing is measured or written.")
     ] = False,
@@ -97,6 +99,7 @@ def plan_memory_command(
             settings,
             device=where,
             workers=run.get("workers") or 1,
+            offload=run.get("offload", False),
             trust_remote_code=trust_remote_code,
         )
         free = available(place, where)
@@ -147,7 +150,11 @@ def _print(budget: Budget, free: Available) -> None:
     print_table(
         ("part of the largest", "bytes"),
         [("interpreter and libraries", size(budget.phase_bytes(ranked[0]) - _held(budget)))]
-        + [(term.what, size(term.n_bytes)) for term in ranked[0].terms if term.on_device is False or not budget.on_gpu],
+        + [
+            (term.what, size(term.n_bytes) + (" in files" if term.in_file else ""))
+            for term in ranked[0].terms
+            if term.on_device is False or not budget.on_gpu
+        ],
     )
     print_table(("files", "bytes"), [(term.what, size(term.n_bytes)) for term in budget.disk_terms])
     if budget.time is not None:

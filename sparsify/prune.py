@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,25 @@ import torch
 from sparsify import manifest
 from sparsify.assemble import Rest
 from sparsify.checkpoint import FLOATS, write_permutations
-from sparsify.cluster.crew import Crew, Here, Worker, work_alone
+from sparsify.cluster.crew import Here, work_alone
+from sparsify.cluster.files import ORDERS, PART, PIECES, SUMS, entered_of, hidden_names, streams_of
 from sparsify.cluster.graph import Graph, Task
-from sparsify.cluster.job import ORDERS, Bench, Job, chosen_of, entered_of, inputs_of, streams_of
+from sparsify.cluster.hire import crew_of
+from sparsify.cluster.job import Bench, Job, chosen_of, inputs_of
+from sparsify.cluster.pieces import handlers_of
+from sparsify.cluster.pipeline import Gathered, Pipeline
 from sparsify.cluster.plan import inputs_wanted, run_graph
 from sparsify.data import Windows, load_windows
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.files import Staging, staging_folder, stamps, write_json
 from sparsify.format.reader import open_checkpoint
-from sparsify.hidden import file_crc32
+from sparsify.hidden import file_crc32, shards_of
 from sparsify.journal import About, Journal
 from sparsify.memory import peak_memory_bytes, return_large_frees
 from sparsify.methods import METHODS
 from sparsify.model import Skeleton, load_skeleton
 from sparsify.naming import Binding
+from sparsify.offload import offloaded
 from sparsify.progress import Progress, Silent
 from sparsify.recipe import DEFAULT_CALIBRATION, Recipe
 from sparsify.resume import damage
@@ -51,6 +55,7 @@ def prune(
     device: str = "cpu",
     workers: int | None = None,
     cluster: str | None = None,
+    offload: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -68,6 +73,7 @@ def prune(
         workers: processes that prune blocks at the same time, where the method lets blocks be pruned by themselves;
             None is 1, or as many as a cluster has room for.
         cluster: where Ray runs them, see ``cluster.ray_workers``; None: on this machine, without Ray.
+        offload: keep large matrices in files beside the output, which is slower, where memory does not suffice.
         trust_remote_code: let the model's own code load.
         progress: receives stages and steps.
 
@@ -99,7 +105,9 @@ def prune(
         fingerprint,
         overwrite=overwrite,
         inputs=[source.folder],
-        check=partial(damage, recipe, skeleton.n_blocks, chosen_of(skeleton, patterns)[1]),
+        check=partial(
+            damage, recipe, skeleton.n_blocks, chosen_of(skeleton, patterns)[1], len(windows.ids) if windows else 0
+        ),
     ) as staging:
         about = About(
             source.name, recipe.method, recipe.pattern, fingerprint, torch.get_num_threads(), workers or 0, device
@@ -108,8 +116,9 @@ def prune(
         with Journal(staging.path, progress, about, done=done) as journal, torch.inference_mode():
             run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, journal, began)
             run.threads(workers if cluster in (None, "local") else None)
-            run.survey()
-            run.blocks(workers, cluster, trust_remote_code)
+            with offloaded(staging.path if offload else None):
+                run.survey()
+            run.blocks(workers, cluster, trust_remote_code, offload)
             run.finish()
             journal.finish()
         staging.commit()
@@ -178,8 +187,10 @@ class _Run:
         self.dtype: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.began = began
         self.n_resumed = 0
-        self.peak_memory_bytes = 0
+        self.peak_memory_bytes = self.peak_device_bytes = 0
         self._told: set[str] = set()
+        self._gathered: dict[int, Gathered] = {}
+        self._pipeline: Pipeline | None = None
         self.rest = Rest(staging.path, binding, source, recipe, windows)
         self.state = self._open_state()
 
@@ -230,7 +241,7 @@ class _Run:
 
     # --- blocks ----------------------------------------------------------------------------------------------------
 
-    def _job(self, trust_remote_code: bool) -> Job:
+    def _job(self, trust_remote_code: bool, offload: bool) -> Job:
         residual = None
         if self.state["residual"] is not None:
             residual = self.state["residual"]["file"]
@@ -249,28 +260,8 @@ class _Run:
             device=self.device,
             threads=self.state["threads"],
             trust_remote_code=trust_remote_code,
+            offload=offload,
         )
-
-    @contextmanager
-    def _workers(self, job: Job, workers: int | None, cluster: str | None) -> Iterator[Crew | None]:
-        """Other processes that do the tasks; None where this one does."""
-        with ExitStack() as stack:
-            hire: list[Callable[[], Worker]]
-            if cluster is None and workers in (None, 1):
-                yield None
-                return
-            if cluster is None:
-                from sparsify.cluster.processes import Process, devices
-
-                places = devices(self.device, workers or 1)
-                hire = [partial(Process, f"worker {i}", job, place) for i, place in enumerate(places, 1)]
-            else:
-                from sparsify.cluster.ray_workers import Actor, places_of, ray_cluster
-
-                ray = stack.enter_context(ray_cluster(cluster, workers, job.threads))
-                n = workers or places_of(ray, job)
-                hire = [partial(Actor, ray, f"worker {i}", job) for i in range(1, n + 1)]
-            yield stack.enter_context(Crew(hire, self._begun, self._lost, self.journal.beat))
 
     def _lost(self, task: Task, worker: str, error: SparsifyError, attempt: int, retried: bool) -> None:
         self.journal.lost(worker, str(error))
@@ -280,70 +271,98 @@ class _Run:
     def _begun(self, task: Task, worker: str) -> None:
         self.journal.worker(worker, task.do, task.arguments["block"])
 
-    def blocks(self, workers: int | None, cluster: str | None, trust_remote_code: bool) -> None:
+    def blocks(self, workers: int | None, cluster: str | None, trust_remote_code: bool, offload: bool) -> None:
         """Prune every block that is not finished yet."""
-        job = self._job(trust_remote_code)
+        job = self._job(trust_remote_code, offload)
         bench = Bench(job, self.journal, binding=self.binding)
-        self.last = bench.last
+        self.last, self.chosen = bench.last, bench.chosen
         weights = [sum(spec.n_weights for spec in specs) for specs in bench.chosen]
         self.journal.blocks(self.skeleton.n_blocks, {int(index) for index in self.state["blocks"]}, weights=weights)
         if len(self.state["blocks"]) == self.skeleton.n_blocks:
             return
-        with self._workers(job, workers, cluster) as crew:
+        # Of a run that was interrupted within a block.
+        for pattern in PIECES:
+            self._remove(pattern)
+        with crew_of(job, workers, cluster, self._begun, self._lost, self.journal.beat) as crew:
             n = 1 if crew is None else len(crew)
-            if n > 1 and inputs_of(self.recipe) == "pruned":
-                self.journal.notice(
-                    f"method {self.recipe.method} calibrates each block on what the pruned blocks before it put out: "
-                    "they are pruned one after the other; --inputs dense lets workers prune them at the same time"
-                )
-            graph = self._graph(bench, 1 + n if n > 1 and inputs_of(self.recipe) == "dense" else 0)
+            graph = self._graph(bench, n)
             if crew is None:
-                worker = Here({"forward": bench.forward, "prune": bench.prune})
-                work_alone(graph, worker, self._begun, self._done, self._event)
+                work_alone(graph, Here(handlers_of(bench)), self._begun, self._done, self._event)
             else:
                 crew.work(graph, self._done, self._event)
 
-    def _graph(self, bench: Bench, ahead: int) -> Graph:
+    def _graph(self, bench: Bench, workers: int) -> Graph:
         """What is left, after the first block's inputs were made."""
-        state = self.state
+        state, inputs = self.state, inputs_of(self.recipe)
         if self.windows is not None and not state["hidden"] and not state["blocks"]:
             state["hidden"] = bench.enter(torch.from_numpy(self.windows.ids))["hidden"]
             self.staging.save(state)
-        done, entered = {int(index) for index in state["blocks"]}, entered_of(self.recipe, state["hidden"])
-        graph = run_graph(
-            self.skeleton.n_blocks,
-            self.last,
-            done=done,
-            entered=entered,
-            inputs=inputs_of(self.recipe),
-            ahead=ahead,
-        )
+        done, entered = {int(index) for index in state["blocks"]}, self._entered()
+        ahead = 1 + workers if workers > 1 and inputs == "dense" else 0
+        graph = run_graph(self.skeleton.n_blocks, self.last, done=done, entered=entered, inputs=inputs, ahead=ahead)
         steps = sum(bench.steps(task.do, **task.arguments) for task in graph)
         before = sum(bench.steps("prune", block=block, leave=not ahead) for block in done)
         self.journal.stage("pruning", before + steps)
         self.journal.skip(before)
+        if workers > 1 and inputs == "pruned":
+            graph, chosen = Graph(), [bool(specs) for specs in bench.chosen]
+            dense, shards = len(streams_of(self.recipe)) > 1, len(shards_of(self._n_windows))
+            self._pipeline = Pipeline(graph, len(chosen), self.last, chosen, shards, dense, done, entered)
+            self._pipeline.start()
         return graph
 
+    def _entered(self) -> set[int]:
+        """Blocks whose inputs are there."""
+        return entered_of(self.recipe, self.state["hidden"], self._n_windows)
+
+    @property
+    def _n_windows(self) -> int:
+        return 0 if self.windows is None else len(self.windows.ids)
+
     def _done(self, task: Task, answer: Mapping[str, Any], worker: str) -> None:
-        """Commit to what a task made, then remove the hidden states that nothing reads any more."""
-        state = self.state
-        block, record = task.arguments["block"], dict(answer)
-        hidden, seconds, peak = record.pop("hidden"), record.pop("seconds"), record.pop("peak_memory_bytes")
-        self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
-        if task.do == "prune":
-            state["blocks"][str(block)] = record
-            self.journal.advance()
-        state["hidden"] |= hidden
-        done, entered = {int(index) for index in state["blocks"]}, entered_of(self.recipe, state["hidden"])
-        wanted = inputs_wanted(self.last, done=done, entered=entered)
-        names = {each.format(block) for each in streams_of(self.recipe) for block in wanted}
-        old = [name for name in state["hidden"] if name not in names]
-        state["hidden"] = {name: crc32 for name, crc32 in state["hidden"].items() if name in names}
+        """Commit to what a task made, and see to what follows from it."""
+        state, block = self.state, task.arguments["block"]
+        gathered = self._gathered.setdefault(block, Gathered())
+        gathered.add(answer, worker)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, gathered.peak_memory_bytes)
+        self.peak_device_bytes = max(self.peak_device_bytes, answer["peak_device_bytes"])
+        self.journal.worker(worker, peak_memory_bytes=answer["peak_memory_bytes"])
+        state["hidden"] |= answer["hidden"]
+        if self._pipeline is not None and task.do == "look":
+            self._pipeline.looked(block, answer["groups"], answer["places"])
+        elif self._pipeline is not None and task.do == "solve":
+            group = task.arguments["group"]
+            if self._pipeline.solved(block, group):
+                self._remove(SUMS.format(block, group, "*"))
+        elif task.do in ("prune", "write", "forward"):
+            if task.do != "forward":
+                place = {spec.name: i for i, spec in enumerate(self.chosen[block])}
+                linears = sorted(gathered.linears, key=lambda row: place[row["name"]])
+                state["blocks"][str(block)] = {
+                    "file": answer["file"], "bytes": answer["bytes"], "linears": linears, "orders": answer["orders"],
+                }  # fmt: skip
+                self.journal.advance()
+            self._commit()
+            if task.do != "forward":
+                rows = [PrunedLinear(**{**row, "shape": tuple(row["shape"])}) for row in linears]
+                peak = gathered.peak_memory_bytes
+                workers = sorted(gathered.workers)
+                self.journal.block(block, rows, gathered.seconds, workers=workers, peak_memory_bytes=peak)
+                del self._gathered[block]
+                self._remove(PART.format(block, "*"))
+
+    def _remove(self, pattern: str) -> None:
+        for path in self.folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        """Save the state, then remove the files that nothing reads any more."""
+        state, done, entered = self.state, {int(index) for index in self.state["blocks"]}, self._entered()
+        # What only some shards of are there is being made.
+        unwanted = entered - inputs_wanted(self.last, done=done, entered=entered)
+        old = {name for block in unwanted for name in hidden_names(self.recipe, block, self._n_windows)}
+        state["hidden"] = {name: crc32 for name, crc32 in state["hidden"].items() if name not in old}
         self.staging.save(state)
-        if task.do == "prune":
-            rows = [PrunedLinear(**{**row, "shape": tuple(row["shape"])}) for row in record["linears"]]
-            self.journal.block(block, rows, seconds, workers=[worker], peak_memory_bytes=peak)
-        self.journal.worker(worker, peak_memory_bytes=peak)
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
 
@@ -365,6 +384,7 @@ class _Run:
             "seconds": round(time.monotonic() - self.began[0], 3),
             "user_cpu_seconds": round(resource.getrusage(resource.RUSAGE_SELF).ru_utime - self.began[1], 3),
             "peak_memory_bytes": max(peak_memory_bytes(), self.peak_memory_bytes),
+            "peak_device_bytes": self.peak_device_bytes,
             "threads": torch.get_num_threads(),
             "blocks_resumed": self.n_resumed,
         }

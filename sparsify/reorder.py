@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 
 from sparsify.couplings import Coupling, couplings, fold_attention, fold_mlp, reads_residual
 from sparsify.grams import Grams
-from sparsify.layer import salience, seed_of, target
+from sparsify.layer import pull, salience, seed_of, target
 from sparsify.methods import Method
 from sparsify.model import Skeleton, weight_view
 from sparsify.permute import parts_of, search
+from sparsify.solvers.quadratic import Gram
 from sparsify.stats import InputStats
 from sparsify.types import LinearSpec, NofM, Pattern
 
@@ -73,14 +74,25 @@ class Reorder:
                 key = (id(stats[spec.name]), self.patterns[spec.name]) if plan.permute == "gather" else spec.name
                 sharing.setdefault(key, []).append(spec)
         for members in sharing.values():
-            worth = [self._salience(spec, stats[spec.name], grams) for spec in members]
+            # Their targets are made again when they are solved: all at once, they would be twice as large as the block.
+            worth = [self._worth(spec, stats[spec.name], grams) for spec in members]
             perm = self._search(torch.cat(worth), members[0])
             for spec in members:
                 placed[spec.name], orders[spec.name] = (perm, "recorded"), perm.cpu()
         return placed, orders
 
-    def fold(self, index: int, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor | None:
+    def fold(
+        self, index: int, spec: LinearSpec, aim: torch.Tensor, stats: InputStats | None, gram: Gram | None
+    ) -> torch.Tensor | None:
         """Fold an order of the inputs of ``spec`` into the weights around them, where that is wanted and possible.
+
+        Args:
+            index: of the block.
+            spec: the linear.
+            aim: [out, in], what it should compute (``layer.target``): its weight, which then follows the order, or a
+                tensor of its own, which is left to the caller.
+            stats: of its inputs.
+            gram: of its inputs.
 
         Returns:
             the order, [in]; None where the inputs stay as they are.
@@ -88,7 +100,7 @@ class Reorder:
         coupling = self._coupling(index, spec)
         if coupling is None:
             return None
-        score, heads, model = self._salience(spec, stats, grams), coupling.heads, self.skeleton.model
+        score, heads, model = self._salience(spec, aim, stats, gram), coupling.heads, self.skeleton.model
         if heads is None:
             perm = self._search(score, spec)
             fold_mlp(model, coupling, perm)
@@ -100,6 +112,28 @@ class Reorder:
             self._search(by_key[:, key].transpose(0, 1).reshape(-1, heads.head_dim), spec) for key in range(heads.n_key)
         ]
         return fold_attention(model, coupling, within).to(score.device)
+
+    def again(self, index: int, spec: LinearSpec, perm: torch.Tensor) -> None:
+        """Fold into a block's weights the order [in] that ``fold`` found elsewhere."""
+        coupling = self._coupling(index, spec)
+        assert coupling is not None
+        heads, model = coupling.heads, self.skeleton.model
+        if heads is None:
+            fold_mlp(model, coupling, perm)
+            return
+        # Of the first query head of each key-value head; all that read one share its order.
+        firsts = perm.reshape(heads.n_key, -1, heads.head_dim)[:, 0]
+        fold_attention(model, coupling, list(firsts % heads.head_dim))
+
+    def moves_later(self, index: int, specs: Sequence[LinearSpec]) -> bool:
+        """Whether folding an order of one of ``specs`` moves rows of a later one, which has to wait for it then."""
+        place = {spec.name: i for i, spec in enumerate(specs)}
+        for i, spec in enumerate(specs):
+            coupling = self._coupling(index, spec)
+            moved = () if coupling is None else coupling.producers
+            if any(place.get(producer.name, -1) >= i for producer, _ in moved):
+                return True
+        return False
 
     def _coupling(self, index: int, spec: LinearSpec) -> Coupling | None:
         """What follows the inputs of a linear that is to be folded."""
@@ -116,11 +150,17 @@ class Reorder:
             return None
         return coupling
 
-    def _salience(self, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor:
-        """[out, in], what each weight of a linear is worth."""
-        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec).float()
+    def _worth(self, spec: LinearSpec, stats: InputStats | None, grams: Grams) -> torch.Tensor:
+        """``_salience`` of a linear whose target is made for it alone."""
+        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
         gram = grams.of(stats, spec.name)
-        aim, _ = target(weight, stats, gram, self.plan)
+        aim = target(weight, gram, pull(weight, stats, self.plan)[0])
+        return self._salience(spec, aim, stats, gram)
+
+    def _salience(
+        self, spec: LinearSpec, aim: torch.Tensor, stats: InputStats | None, gram: Gram | None
+    ) -> torch.Tensor:
+        """[out, in], what each weight of a linear is worth."""
         worth = salience(aim, stats, gram, self.plan, seed_of(spec.name, self.seed))
         if gram is not None:
             # The search needs memory, and in another order of the inputs the factor is another.

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from sparsify import manifest
-from sparsify.cluster.job import entered_of, inputs_of
+from sparsify.cluster.files import entered_of
+from sparsify.cluster.job import inputs_of
 from sparsify.cluster.plan import run_graph
 from sparsify.hidden import file_crc32
 from sparsify.recipe import Recipe
 from sparsify.types import PrunedLinear
 
 
-def damage(recipe: Recipe, n_blocks: int, last: int, folder: Path, state: Any) -> str | None:
+def damage(recipe: Recipe, n_blocks: int, last: int, n_windows: int, folder: Path, state: Any) -> str | None:
     """What is wrong with an interrupted run, or None; raises whatever a malformed record makes Python raise.
 
     Args:
         recipe: of the run.
         n_blocks: of the model.
         last: block with anything to prune.
+        n_windows: of the calibration text.
         folder: where the run's files are.
         state: as it was read.
     """
@@ -49,7 +51,7 @@ def damage(recipe: Recipe, n_blocks: int, last: int, folder: Path, state: Any) -
         if Path(name).name != name or file_crc32(folder / name) != crc32:
             return f"{name} is not what was written"
     if state["hidden"] or state["blocks"]:
-        done, entered = {int(index) for index in state["blocks"]}, entered_of(recipe, state["hidden"])
+        done, entered = {int(index) for index in state["blocks"]}, entered_of(recipe, state["hidden"], n_windows)
         try:
             run_graph(n_blocks, last, done=done, entered=entered, inputs=inputs_of(recipe), ahead=0)
         except ValueError as error:

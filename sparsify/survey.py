@@ -14,7 +14,7 @@ from sparsify import allocate
 from sparsify.couplings import reads_residual
 from sparsify.errors import UsageError
 from sparsify.grams import Grams
-from sparsify.hidden import Calls, HiddenFile, enter
+from sparsify.hidden import Calls, HiddenStates, enter
 from sparsify.layer import salience, seed_of
 from sparsify.memory import return_freed_memory
 from sparsify.methods import Method
@@ -71,17 +71,19 @@ class Survey:
         steps = [len(self.ids) * (bool(specs) + (i < last)) + len(specs) for i, specs in enumerate(chosen)]
         self.progress.stage(title, sum(steps))
         pair = self.folder / _HIDDEN[0], self.folder / _HIDDEN[1]
-        calls, [file] = enter(self.binding, self.ids, pair[:1], self.dtype, device)
+        calls, [first] = enter(self.binding, self.ids, pair[:1], self.dtype, device)
         # They swap roles from block to block.
-        files = file, HiddenFile(pair[1], file.layout)
+        states = first, HiddenStates(pair[1], first.layout)
         for index, specs in enumerate(chosen[: last + 1]):
             block = self.binding.load_block(index, self.dtype, device)
             if specs:
                 with collect(block, skeleton.prefix(index), specs, wanted) as collector:
-                    for i, hidden in enumerate(files[index % 2].windows(device), 1):
-                        with collector.window(whole=i == len(self.ids)):
-                            calls.run(block, index, hidden)
-                        self.progress.advance()
+                    for shard in states[index % 2].shards:
+                        for i, hidden in enumerate(shard.windows(device), 1):
+                            with collector.window(whole=i == shard.layout.n_windows):
+                                calls.run(block, index, hidden)
+                            self.progress.advance()
+                        collector.end_of_shard()
                 stats = collector.result(specs)
                 grams = Grams(self.plan.setting("damping"))
                 for spec in specs:
@@ -89,14 +91,14 @@ class Survey:
                     see(index, spec, weight, stats[spec.name], grams.of(stats[spec.name], spec.name))
                     self.progress.advance()
             if index < last:
-                files[(index + 1) % 2].write(self._outputs(block, index, calls, files[index % 2]))
+                states[(index + 1) % 2].write(self._outputs(block, index, calls, states[index % 2]))
             self.binding.unload(block)
             return_freed_memory()
-        for path in pair:
-            path.unlink(missing_ok=True)
+        for each in states:
+            each.remove()
 
-    def _outputs(self, block: nn.Module, index: int, calls: Calls, file: HiddenFile) -> Iterator[torch.Tensor]:
-        for hidden in file.windows(self.device):
+    def _outputs(self, block: nn.Module, index: int, calls: Calls, states: HiddenStates) -> Iterator[torch.Tensor]:
+        for hidden in states.windows(self.device):
             yield calls.run(block, index, hidden)
             self.progress.advance()
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sparsify.errors import ModelError
-from sparsify.stats import Accumulator, InputStats, Wanted
+from sparsify.stats import InputStats, Wanted
+from sparsify.sums import Accumulator
 from sparsify.types import LinearSpec
 
 
@@ -171,6 +172,18 @@ class Collector(Watcher):
         self._last = None
         self.stream.clear()
 
+    def end_of_shard(self) -> None:
+        """The windows since the last call were a shard of the text."""
+        for accumulator in self._accumulators:
+            accumulator.flush()
+
+    def inputs(self) -> list[tuple[list[Key], Accumulator]]:
+        """Every distinct input that was seen: the linears that share it, and its sums."""
+        found: list[tuple[list[Key], Accumulator]] = [([], accumulator) for accumulator in self._accumulators]
+        for key, index in self._index.items():
+            found[index][0].append(key)
+        return found
+
     def add(self, key: Key, x: torch.Tensor) -> None:
         """Count ``x`` as input of ``key``; the same tensor object is counted once.
 
@@ -208,25 +221,33 @@ class Collector(Watcher):
         return [groups[index] for index in sorted(groups)]
 
     def result(self, specs: Sequence[LinearSpec]) -> dict[str, InputStats]:
-        """Statistics by linear name, one object for those that share an input.
+        """As ``results``."""
+        return results(self.inputs(), specs, self._wanted)
 
-        A linear that saw no token (an expert never routed to) has n_tokens = 0.
 
-        Raises:
-            NumericsError: NaN or Inf in an input; names linear and channel.
-        """
-        finished: dict[int, InputStats] = {}
-        stats = {}
-        device = self._accumulators[0].sq_norm.device if self._accumulators else "cpu"
-        for spec in specs:
-            index = self._index.get((spec.parameter, spec.expert))
-            if index is None:
-                stats[spec.name] = Accumulator(spec.in_features, device, self._wanted).result(spec.name)
-                continue
-            if index not in finished:
-                finished[index] = self._accumulators[index].result(spec.name)
-            stats[spec.name] = finished[index]
-        return stats
+def results(
+    inputs: Sequence[tuple[Sequence[Key], Accumulator]], specs: Sequence[LinearSpec], wanted: Wanted
+) -> dict[str, InputStats]:
+    """Statistics by linear name, one object for those that share an input.
+
+    A linear that saw no token (an expert never routed to) has n_tokens = 0.
+
+    Raises:
+        NumericsError: NaN or Inf in an input; names linear and channel.
+    """
+    of = {key: i for i, (sharing, _) in enumerate(inputs) for key in sharing}
+    device = inputs[0][1].device if inputs else "cpu"
+    finished: dict[int, InputStats] = {}
+    stats = {}
+    for spec in specs:
+        index = of.get((spec.parameter, spec.expert))
+        if index is None:
+            stats[spec.name] = Accumulator(spec.in_features, device, wanted).result(spec.name)
+            continue
+        if index not in finished:
+            finished[index] = inputs[index][1].result(spec.name)
+        stats[spec.name] = finished[index]
+    return stats
 
 
 def keys(specs: Iterable[LinearSpec]) -> list[Key]:

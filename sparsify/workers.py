@@ -52,6 +52,8 @@ class WorkerProcess:
         timeout_s: longest wait for an answer; None waits as long as the process lives.
         gone: the error that is raised where the process died or said nonsense, and where it met what has no place here.
         why: the reason in what the process printed, or None.
+        makes_output: whether it writes what the caller is to make: that it cannot is then an ``OutputError`` of the
+            caller's too, else ``gone``.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class WorkerProcess:
         timeout_s: float | None,
         gone: type[SparsifyError],
         why: Callable[[str], str | None],
+        makes_output: bool = False,
     ) -> None:
         self.name, self._python, self._timeout_s = name, python, timeout_s
-        self._gone, self._why = gone, why
+        self._gone, self._why, self._makes_output = gone, why, makes_output
         self._told = ""
         try:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
@@ -134,9 +137,11 @@ class WorkerProcess:
             yield answer["found"]
 
     def _met(self, kind: str, message: str) -> SparsifyError:
-        """What a worker met; that it could not write is no matter of who asked."""
+        """What a worker met; that it could not write matters to whoever asked where it writes for them."""
         found = getattr(errors, kind, None)
-        if not isinstance(found, type) or not issubclass(found, SparsifyError) or issubclass(found, errors.OutputError):
+        if not isinstance(found, type) or not issubclass(found, SparsifyError):
+            found = self._gone
+        if issubclass(found, errors.OutputError) and not self._makes_output:
             found = self._gone
         self._told += message
         return found(message)

@@ -121,6 +121,8 @@ class Fake:
     def __init__(self, name: str, script: Callable[[Task], Any], closed: list[str]) -> None:
         self.name, self._script, self._closed = name, script, closed
 
+    def ready(self) -> None: ...
+
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         event({"advance": 1})
         return {"value": self._script(task)}
@@ -234,6 +236,61 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch)
 
     with Crew([hire]) as crew, pytest.raises(NumericsError, match="no such model"):
         crew.work(chain_and_fan(), lambda *_: None, lambda *_: None)
+
+
+def test_a_place_that_nobody_comes_to_holds_nothing_up() -> None:
+    closed, seen = list[str](), list[str]()
+    ended = threading.Event()
+
+    class Awaited(Fake):
+        def ready(self) -> None:
+            # As long as a cluster may look for room.
+            assert ended.wait(60)
+            raise WorkerError("closed")
+
+        def close(self) -> None:
+            super().close()
+            ended.set()
+
+    crew = Crew([lambda: Fake("one", lambda task: None, closed), lambda: Awaited("two", lambda task: None, closed)])
+    with crew:
+        crew.work(chain_and_fan(), lambda task, _, worker: seen.append(worker), lambda *_: None)
+        assert not ended.is_set()
+    assert seen == ["one"] * 9
+    assert sorted(closed) == ["one", "two"]
+
+
+def test_a_place_is_given_up_where_no_worker_lives_and_the_run_where_none_does() -> None:
+    starts, lost = [0, 0], list[tuple[str, int, bool]]()
+
+    class Stillborn(Fake):
+        def ready(self) -> None:
+            starts[int(self.name)] += 1
+            raise WorkerError("no memory")
+
+    def told(task: Task, worker: str, error: Exception, n: int, again: bool) -> None:
+        lost.append((worker, n, again))
+
+    def slow(task: Task) -> None:
+        # While others wait: a second worker is asked for as long as one would have something to do.
+        while task.name == "fan 0" and len(lost) < 3:
+            time.sleep(0.001)
+
+    seen: list[str] = []
+    with Crew([lambda: Fake("0", slow, []), lambda: Stillborn("1", slow, [])], lost=told) as crew:
+        crew.work(chain_and_fan(), lambda task, *_: seen.append(task.name), lambda *_: None)
+    assert len(seen) == 9
+    assert starts == [0, 3]
+    assert lost == [("worker 2", n, True) for n in (1, 2, 3)]
+    lost.clear()
+    with (
+        Crew([lambda: Stillborn("0", slow, []), lambda: Stillborn("1", slow, [])], lost=told) as crew,
+        pytest.raises(WorkerError, match=r"0: no worker can be had for it, the last said: no memory"),
+    ):
+        crew.work(chain_and_fan(), lambda *_: None, lambda *_: None)
+    # One task is ready: there is one worker too few, and then another.
+    assert starts == [3, 6]
+    assert [again for *_, again in lost] == [True] * 5 + [False]
 
 
 def test_an_interruption_ends_the_workers() -> None:

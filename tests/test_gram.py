@@ -12,7 +12,8 @@ from sparsify.masks import satisfies
 from sparsify.solvers.fista import lipschitz
 from sparsify.solvers.quadratic import Gram, relative_error, value
 from sparsify.solvers.targets import retarget
-from sparsify.stats import Accumulator, InputStats, Wanted
+from sparsify.stats import InputStats, Wanted
+from sparsify.sums import Accumulator
 from sparsify.types import NofM
 from tests.problems import DIRECT, ROWS, array, gram_of, inputs, random, seeds, sizes
 

@@ -13,16 +13,18 @@ ROOT = Path(sparsify.__file__).parent
 RANKS = [
     {"sparsify", "sparsify.hooks", "sparsify.errors"},
     {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras", "sparsify.chunks"}
+    | {"sparsify.offload"}
     | {"sparsify.workers", "sparsify.process_memory"}
     | {f"sparsify.{part}" for part in ("processes", "metrics", "tally", "journal", "untrusted", "history", "status")},
-    {"sparsify.methods", "sparsify.checkpoint"},
+    {"sparsify.methods", "sparsify.checkpoint", "sparsify.readahead"},
     {"sparsify.format", "sparsify.format.bits", "sparsify.format.expand", "sparsify.format.packed"}
     | {"sparsify.format.record", "sparsify.format.storage", "sparsify.format.reader", "sparsify.format.legacy"},
     {"sparsify.recipe", "sparsify.model"},
     {"sparsify.roofline"}
     | {f"sparsify.roofline.{part}" for part in ("attention", "bounds", "config", "devices", "work", "published")},
     {"sparsify.source", "sparsify.data", "sparsify.naming"},
-    {"sparsify.stats", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"},
+    {"sparsify.stats", "sparsify.sums", "sparsify.hidden", "sparsify.watch", "sparsify.couplings"}
+    | {"sparsify.sum_files", "sparsify.passes"},
     {"sparsify.scores", "sparsify.masks", "sparsify.permute", "sparsify.allocate"},
     {"sparsify.solvers", "sparsify.solvers.quadratic", "sparsify.solvers.sparsegpt", "sparsify.solvers.mrp"}
     | {"sparsify.solvers.exact", "sparsify.solvers.refit", "sparsify.solvers.admm", "sparsify.solvers.alps"}
@@ -33,7 +35,10 @@ RANKS = [
     {"sparsify.block", "sparsify.survey"},
     {"sparsify.manifest"},
     {"sparsify.cluster"}
-    | {f"sparsify.cluster.{part}" for part in ("graph", "plan", "job", "crew", "worker")}
+    | {
+        f"sparsify.cluster.{part}"
+        for part in ("graph", "plan", "job", "crew", "worker", "pieces", "pipeline", "files", "hire")
+    }
     | {f"sparsify.cluster.{part}" for part in ("processes", "ray_workers")},
     {"sparsify.assemble", "sparsify.resume"},
     {"sparsify.prune", "sparsify.verify"},

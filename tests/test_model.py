@@ -11,7 +11,7 @@ import transformers
 
 from sparsify.checkpoint import CheckpointReader
 from sparsify.errors import ModelError
-from sparsify.hidden import HiddenFile, enter, file_crc32
+from sparsify.hidden import HiddenStates, enter, file_crc32
 from sparsify.model import FAMILIES, load_skeleton, weight_view
 from sparsify.naming import Binding
 from sparsify.types import LinearSpec
@@ -86,15 +86,17 @@ def test_blocks_run_one_by_one_as_the_model_runs_them(
         hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
         skeleton = load_skeleton(folder)
         binding = Binding(CheckpointReader(folder), skeleton)
-        calls, [file] = enter(binding, ids, [tmp_path / "a"], torch.float32, "cpu")
-        files = file, HiddenFile(tmp_path / "b", file.layout)
+        calls, [first] = enter(binding, ids, [tmp_path / "a"], torch.float32, "cpu")
+        files = first, HiddenStates(tmp_path / "b", first.layout)
         torch.testing.assert_close(torch.cat(list(files[0].windows("cpu"))), hidden[0])
         block = binding.load_block(0, torch.float32, "cpu")
         with collect(block, skeleton.prefix(0), skeleton.linears[0]) as collector:
             files[1].write(calls.run(block, 0, x) for x in files[0].windows("cpu"))
-        assert files[1].crc32 == file_crc32(files[1].path)
+        assert len(files[1].shards) == len(ids)
+        for shard in files[1].shards:
+            assert shard.crc32 == file_crc32(shard.path)
         torch.testing.assert_close(torch.cat(list(files[1].windows("cpu"))), hidden[1], rtol=1e-5, atol=1e-5)
-    stats = collector.result(skeleton.linears[0])
+        stats = collector.result(skeleton.linears[0])
     compared = 0
     for spec in skeleton.linears[0]:
         assert stats[spec.name].n_tokens > 0

@@ -6,7 +6,8 @@ from sparsify.layer import SOLVERS
 from sparsify.masks import keep_mask
 from sparsify.methods import METHODS, PARTS
 from sparsify.scores import SCORES, magnitude, relative_importance, ria, wanda
-from sparsify.stats import Accumulator, InputStats, Wanted
+from sparsify.stats import InputStats, Wanted
+from sparsify.sums import Accumulator
 from sparsify.types import parse_pattern
 
 

@@ -10,7 +10,7 @@ import pytest
 # Beyond the Gram matrix, the weight and a given start, in units of Gram matrix and float32 weight; a mask is a quarter.
 STATED = {
     "keep_mask": (0, 1 / 4),
-    "sparsegpt": (1, 2 + 2 / 4),
+    "sparsegpt": (1, 1 + 1 / 4),
     "admm": (1, 2 + 3 / 4),
     "alps": (1, 3 + 3 / 4),
     "fista": (1, 3 + 1 / 4),

@@ -9,7 +9,8 @@ import torch
 
 from sparsify.masks import keep_mask
 from sparsify.scores import magnitude, output_norms, relative_importance, ria, stochria, symwanda, wanda
-from sparsify.stats import Accumulator, InputStats, Wanted
+from sparsify.stats import InputStats, Wanted
+from sparsify.sums import Accumulator
 from sparsify.types import parse_pattern
 
 Array = npt.NDArray[np.float64]

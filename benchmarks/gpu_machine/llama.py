@@ -61,13 +61,60 @@ LLAMA_8B = Llama(4096, 14336, 32, 32, 8, 128256)
 LLAMA_70B = Llama(8192, 28672, 80, 64, 8, 128256)
 
 
+def write_dense_model(folder: Path, sizes: Llama, device: str) -> dict[str, Any]:
+    """A Llama of random bfloat16 weights, none of them zero, to be pruned; a block at a time."""
+    import torch
+
+    from sparsify.checkpoint import write_index, write_shard
+
+    started = time.perf_counter()
+    generator = torch.Generator(device=device).manual_seed(0)
+    _config(sizes).save_pretrained(folder)
+    norm = torch.ones(sizes.hidden, dtype=torch.bfloat16)
+    outside: dict[str, tuple[int, int]] = {
+        "model.embed_tokens.weight": (sizes.vocabulary, sizes.hidden),
+        "lm_head.weight": (sizes.vocabulary, sizes.hidden),
+    }
+    files: dict[str, dict[str, tuple[int, int]]] = {"model-rest.safetensors": outside}
+    for i in range(sizes.layers):
+        linears = {f"model.layers.{i}.{name}.weight": shape for name, shape in sizes.linears.items()}
+        files[f"model-{i:05d}.safetensors"] = linears
+    shards = {}
+    for file, shapes in files.items():
+        tensors = {
+            name: torch.randn(shape, generator=generator, device=device).mul_(1 / math.sqrt(shape[1])).bfloat16().cpu()
+            for name, shape in shapes.items()
+        }
+        if shapes is outside:
+            tensors["model.norm.weight"] = norm.clone()
+        else:
+            stem = next(iter(shapes)).split(".self_attn")[0]
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{stem}.{name}.weight"] = norm.clone()
+        write_shard(folder / file, tensors)
+        shards[file] = {name: tensor.nbytes for name, tensor in tensors.items()}
+    write_index(folder, shards)
+    size = sum(sum(names.values()) for names in shards.values())
+    return {"sizes": asdict(sizes), "bytes": size, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def _config(sizes: Llama) -> Any:
+    import transformers
+
+    return transformers.LlamaConfig(
+        hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, vocab_size=sizes.vocabulary,
+        max_position_embeddings=16384, rms_norm_eps=1e-5, tie_word_embeddings=False, dtype="bfloat16",
+        architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
 def write_model(root: Path, sizes: Llama, device: str) -> dict[str, Any]:
     """A Llama of random bfloat16 weights with 2:4 zeros, as folders ``plain`` and ``compressed``, a block at a time.
 
     Activations keep their size from block to block, and logits have a standard deviation of about 2.
     """
     import torch
-    import transformers
 
     from sparsify.checkpoint import write_index, write_shard
     from sparsify.files import read_json, write_json
@@ -88,12 +135,7 @@ def write_model(root: Path, sizes: Llama, device: str) -> dict[str, Any]:
         write_shard(root / variant / file, tensors)
         shards[variant][file] = {name: tensor.nbytes for name, tensor in tensors.items()}
 
-    config = transformers.LlamaConfig(
-        hidden_size=sizes.hidden, intermediate_size=sizes.intermediate, num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads, num_key_value_heads=sizes.kv_heads, vocab_size=sizes.vocabulary,
-        max_position_embeddings=16384, rms_norm_eps=1e-5, tie_word_embeddings=False, dtype="bfloat16",
-        architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    config = _config(sizes)
     for variant in shards:
         shutil.rmtree(root / variant, ignore_errors=True)
         (root / variant).mkdir(parents=True)

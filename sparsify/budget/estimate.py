@@ -35,6 +35,7 @@ def budget_of(
     *,
     device: str = "cpu",
     workers: int = 1,
+    offload: bool = False,
     trust_remote_code: bool = False,
 ) -> Budget:
     """What pruning the model of ``folder`` by ``recipe`` will need, without its time.
@@ -45,6 +46,7 @@ def budget_of(
         recipe: how to prune.
         device: torch device of weights and statistics.
         workers: processes at once.
+        offload: large matrices lie in files.
         trust_remote_code: let the model's own code load.
 
     Raises:
@@ -64,7 +66,7 @@ def budget_of(
     patterns = recipe.assign([spec for block in skeleton.linears for spec in block])
     stored = stored_in(open_checkpoint(folder).tensors.values()) if weights else None
     shapes = shapes_of(skeleton, patterns, name, stored)
-    return Budget(shapes, with_ids(recipe), device, workers, resident_bytes(), _text_bytes(recipe))
+    return Budget(shapes, with_ids(recipe), device, workers, resident_bytes(), _text_bytes(recipe), offload=offload)
 
 
 def _text_bytes(recipe: Recipe) -> int:
@@ -124,6 +126,7 @@ def announce(
     device: str = "cpu",
     workers: int | None = None,
     cluster: str | None = None,
+    offload: bool = False,
     enforce: bool = True,
     trust_remote_code: bool = False,
     progress: Progress,
@@ -139,6 +142,7 @@ def announce(
         device: torch device.
         workers: processes at once; None is 1.
         cluster: where Ray runs them; memory of other machines is not looked at.
+        offload: large matrices lie in files.
         enforce: refuse; else what does not fit is a notice.
         trust_remote_code: let the model's own code load.
         progress: receives the notices.
@@ -153,6 +157,7 @@ def announce(
         recipe,
         device=device,
         workers=(workers or 1) if cluster in (None, "local") else 1,
+        offload=offload,
         trust_remote_code=trust_remote_code,
     )
     free = available(out, device)

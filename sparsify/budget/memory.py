@@ -5,17 +5,19 @@ Every term is an upper bound of what the driver holds at that moment; a process 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from sparsify.budget.shapes import Block, Linear, Shapes
-from sparsify.budget.working import gram_bytes, parts_of, weight_bytes, working_bytes
+from sparsify.budget.working import WIDE, gram_bytes, parts_of, weight_bytes, working_bytes
+from sparsify.chunks import CHUNK_BYTES
 from sparsify.methods import Method
 from sparsify.recipe import Recipe
 
 _MIB = 1 << 20
 
-
+# ``sparsify.hidden``'s and ``sparsify.offload``'s, which cannot be had without torch; a test compares them.
+SHARDS, LEAST_BYTES = 8, 1 << 28
 # Code and buffers of the libraries that the first products bring in, beside what they hold once imported.
 _LIBRARY_BYTES = 128 * _MIB
 # Of a tokenizer, for each of its tokens, with the text it cuts.
@@ -40,12 +42,15 @@ _SCORE_COPIES = 3
 class Term:
     """A part of a sum: ``what`` it is, in words with the sizes that are multiplied, and ``n_bytes``.
 
-    ``on_device`` tells memory of the device from that of the host, where they are two.
+    ``on_device`` tells memory of the device from that of the host, where they are two. What is ``in_file`` is in memory
+    as far as there is room (``sparsify.offload``), which needs matrices of ``matrix_bytes`` each.
     """
 
     what: str
     n_bytes: int
     on_device: bool = True
+    in_file: bool = False
+    matrix_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,23 @@ class Phase:
 
     def n_bytes(self, *, device: bool) -> int:
         """Bytes on the device, or on the host."""
-        return sum(term.n_bytes for term in self.terms if term.on_device == device)
+        return sum(term.n_bytes for term in self.terms if term.on_device == device and not term.in_file)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of matrices in files."""
+        return sum(term.n_bytes for term in self.terms if term.in_file)
 
 
-def phases(shapes: Shapes, recipe: Recipe, *, on_gpu: bool = False, text_bytes: int = 0) -> list[Phase]:
+def phases(
+    shapes: Shapes,
+    recipe: Recipe,
+    *,
+    on_gpu: bool = False,
+    text_bytes: int = 0,
+    workers: int = 1,
+    offload: bool = False,
+) -> list[Phase]:
     """The phases of a run in one process that may be the largest, without what the process is made of itself.
 
     Args:
@@ -68,6 +86,8 @@ def phases(shapes: Shapes, recipe: Recipe, *, on_gpu: bool = False, text_bytes: 
         recipe: how to prune.
         on_gpu: weights and statistics lie on a GPU.
         text_bytes: of the calibration text; 0 where token ids are given.
+        workers: processes at once.
+        offload: large matrices lie in files.
     """
     plan = recipe.plan
     compute = {"float32": 4, "bfloat16": 2}[recipe.compute_dtype]
@@ -76,7 +96,9 @@ def phases(shapes: Shapes, recipe: Recipe, *, on_gpu: bool = False, text_bytes: 
         found.append(_reading_text(shapes, recipe, text_bytes))
         found.append(_entering(shapes, recipe.length, compute, on_gpu))
     for block in shapes.blocks:
-        found += _block_phases(shapes, block, recipe, compute, on_gpu)
+        found += _block_phases(shapes, block, recipe, compute, on_gpu, workers)
+    if offload and not on_gpu:
+        found = [replace(phase, terms=tuple(map(_in_file, phase.terms))) for phase in found]
     largest = shapes.outside_largest
     outside = shapes.outside * shapes.value_bytes
     held = max(largest * shapes.value_bytes, min(outside, _COPY_BYTES))
@@ -90,6 +112,10 @@ def phases(shapes: Shapes, recipe: Recipe, *, on_gpu: bool = False, text_bytes: 
         )
     )
     return found
+
+
+def _in_file(term: Term) -> Term:
+    return replace(term, in_file=term.matrix_bytes >= LEAST_BYTES)
 
 
 def _reading_text(shapes: Shapes, recipe: Recipe, text_bytes: int) -> Phase:
@@ -131,7 +157,9 @@ def _entering(shapes: Shapes, length: int, compute: int, on_gpu: bool) -> Phase:
     )
 
 
-def _block_phases(shapes: Shapes, block: Block, recipe: Recipe, compute: int, on_gpu: bool) -> Iterator[Phase]:
+def _block_phases(
+    shapes: Shapes, block: Block, recipe: Recipe, compute: int, on_gpu: bool, workers: int
+) -> Iterator[Phase]:
     plan = recipe.plan
     weights = Term(f"weights of a block, {block.n_values:,} x {compute} B", block.n_values * compute)
     stored = Term(
@@ -153,15 +181,30 @@ def _block_phases(shapes: Shapes, block: Block, recipe: Recipe, compute: int, on
         return
     twice = [Term(f"the dense block beside it, {block.n_values:,} x {compute} B", block.n_values * compute)]
     held = (weights, *(twice if plan.aim != "own" and plan.needs_data else []))
-    for name, group in _groups(block, plan):
+    groups = _groups(block, plan)
+    for name, group in groups:
         stats = statistics_terms(shapes, group, plan) if plan.needs_data else []
         if plan.needs_data:
-            activations = activation_terms(shapes, block, group, recipe.length, compute, plan)
-            yield Phase(f"statistics of {name}", (*held, *stats, *_finishing(group, plan), *activations))
+            activations = activation_terms(shapes, block, group, recipe, compute, plan)
+            yield Phase(f"statistics of {name}", (*held, *stats, *activations))
+            if workers > 1 and not independent(plan):
+                strips = Term("their upper strips, on the way to a file", _strips_bytes(group, plan))
+                yield Phase(f"writing sums of {name}", (*held, *stats, strips))
         linear = max(group, key=lambda each: working_bytes(each, plan, shapes.width))
-        size = working_bytes(linear, plan, shapes.width)
+        size = round(working_bytes(linear, plan, shapes.width))
         what = f"solving {linear.kind} [{linear.n_out} x {linear.n_in}] by {parts_of(plan)}"
-        yield Phase(f"solving {name}", (*held, *stats, Term(what, round(size))))
+        derived = min(size, gram_bytes(linear)) if plan.needs_gram and linear.n_in > WIDE else 0
+        terms = [Term(what, size - derived)]
+        if derived:
+            terms.append(Term("and the matrix that it derives", derived, matrix_bytes=gram_bytes(linear)))
+        # Nothing is compared with the dense block once the last group's statistics are taken.
+        without = held[:1] if group is groups[-1][1] else held
+        if plan.aim != "own" and len(group) == 1:
+            # What is needed of drift and shift is as large as the weight, and taken before the linear is solved.
+            pulled = Term("what the dense model computes, in the size of the weight, twice", 2 * weight_bytes(linear))
+            yield Phase(f"comparing {name}", (*without, *stats, pulled))
+            stats = statistics_terms(shapes, group, replace(plan, aim="own"))
+        yield Phase(f"solving {name}", (*without, *stats, *terms))
     if plan.allocate != "uniform" or plan.permute == "residual":
         yield _surveying(shapes, block, recipe, weights, compute)
 
@@ -178,7 +221,7 @@ def _surveying(shapes: Shapes, block: Block, recipe: Recipe, weights: Term, comp
         (
             weights,
             *stats,
-            *activation_terms(shapes, block, block.pruned, recipe.length, compute, plain),
+            *activation_terms(shapes, block, block.pruned, recipe, compute, plain),
             Term("trying sparsities, or orders, on its largest linear; scores of the block", round(most) + scores),
         ),
     )
@@ -209,29 +252,36 @@ def statistics_terms(shapes: Shapes, group: tuple[Linear, ...], plan: Method) ->
     """Sums over the calibration tokens of every distinct input of ``group``."""
     inputs = sources(group)
     widths = " + ".join(f"{n} x {each}^2" for each, n in _counted(linear.n_in for linear in inputs).items())
-    squares = sum(map(gram_bytes, inputs))
     terms = [Term(f"sums of {len(inputs)} inputs", sum(3 * 8 * each.n_in for each in inputs))]
     if plan.needs_gram:
-        terms.append(Term(f"Gram matrices, ({widths}) x 4 B", squares))
+        terms += _by_size(f"Gram matrices, ({widths}) x 4 B", map(gram_bytes, inputs))
     if plan.aim != "own":
-        terms.append(Term(f"drift from the dense model, ({widths}) x 4 B", squares))
+        terms += _by_size(f"drift from the dense model, ({widths}) x 4 B", map(gram_bytes, inputs))
     if plan.aim == "residual":
         writers = sources(tuple(each for each in group if each.n_out == shapes.width and each.expert is None))
-        size = 4 * shapes.width * sum(each.n_in for each in writers)
-        terms.append(Term(f"shift of the residual stream, {shapes.width} x inputs x 4 B", size))
+        sizes = (4 * shapes.width * each.n_in for each in writers)
+        terms += _by_size(f"shift of the residual stream, {shapes.width} x inputs x 4 B", sizes)
     return terms
 
 
-def _finishing(group: tuple[Linear, ...], plan: Method) -> list[Term]:
-    if not plan.needs_gram:
-        return []
-    return [Term("the other triangle of the largest Gram matrix", max(map(gram_bytes, group)))]
+def _by_size(what: str, sizes: Iterable[int]) -> list[Term]:
+    """Matrices that can lie in files, and those that cannot."""
+    sizes = list(sizes)
+    large, rest = [size for size in sizes if size >= LEAST_BYTES], [size for size in sizes if size < LEAST_BYTES]
+    found = [Term(what, sum(part), matrix_bytes=min(part)) for part in (large, rest) if part]
+    return found or [Term(what, 0)]
+
+
+def _strips_bytes(group: tuple[Linear, ...], plan: Method) -> int:
+    """Upper strips of the Gram matrices of a group (9/16 of each; a narrow one is a single strip)."""
+    return sum(map(gram_bytes, sources(group))) if plan.needs_gram else 0
 
 
 def activation_terms(
-    shapes: Shapes, block: Block, group: tuple[Linear, ...], length: int, compute: int, plan: Method
+    shapes: Shapes, block: Block, group: tuple[Linear, ...], recipe: Recipe, compute: int, plan: Method
 ) -> list[Term]:
-    """What a pass of one window through a block holds, and what is kept of the dense model's pass beside it."""
+    """What passes over a shard hold: a window, the dense model's beside it, and inputs until they are summed."""
+    length = recipe.length
     # Experts run one after the other.
     once = {any_expert(linear.kind, linear): linear for linear in block.linears}
     through = sum(each.n_out for each in once.values()) * _COPIES_OF_OUTPUTS
@@ -255,6 +305,16 @@ def activation_terms(
         counted += length * (widest + shapes.width) * (8 if compute < 4 else 4)
     if counted:
         terms.append(Term("tokens of a window in the type of the sums", counted))
+    if plan.needs_gram or plan.aim != "own":
+        tokens = -(-recipe.windows // SHARDS) * length
+        held = sum(each.n_in for each in sources(group)) * (1 if plan.aim == "own" else 2)
+        held += shapes.width if plan.aim == "residual" else 0
+        terms.append(
+            Term(f"inputs of a shard, {tokens} tokens x {held} channels x {compute} B", tokens * held * compute)
+        )
+        # One of 8 of a wide matrix, or 256 rows; of more than that as many as a chunk holds.
+        strip = max(max(-(-each.n_in // 8), min(each.n_in, 256)) * each.n_in * 4 for each in group)
+        terms.append(Term("products of a shard, a strip of rows at a time", max(strip, min(strip * 8, CHUNK_BYTES))))
     return terms
 
 
@@ -270,8 +330,8 @@ def independent(plan: Method) -> bool:
     return not plan.needs_data or plan.inputs == "dense"
 
 
-def disk_terms(shapes: Shapes, recipe: Recipe, workers: int = 1) -> list[Term]:
-    """Files of a run: the output while it is staged, and hidden states."""
+def disk_terms(shapes: Shapes, recipe: Recipe, workers: int = 1, *, offload: bool = False) -> list[Term]:
+    """Files of a run: the output while it is staged, hidden states, what workers hand on, and matrices."""
     plan = recipe.plan
     terms = [Term("the output, as large as the stored model", shapes.stored_bytes, False)]
     if not plan.needs_data:
@@ -279,10 +339,25 @@ def disk_terms(shapes: Shapes, recipe: Recipe, workers: int = 1) -> list[Term]:
     compute = {"float32": 4, "bfloat16": 2}[recipe.compute_dtype]
     streams = 1 if plan.aim == "own" or plan.inputs == "dense" else 2
     size = recipe.windows * recipe.length * shapes.width * compute
-    # What enters a block and what leaves it; a dense model's may be ahead of the workers by one more than they are.
-    files = streams * (2 if workers == 1 or not independent(plan) else min(workers + 3, shapes.n_blocks + 1))
+    # What enters a block and what leaves it; a dense model's may be ahead of the workers by one more than they are, and
+    # where workers share a block, the next one's shards are written before it is.
+    files = streams * (2 if workers == 1 else 3 if not independent(plan) else min(workers + 3, shapes.n_blocks + 1))
     what = f"hidden states, {recipe.windows} x {recipe.length} tokens x {shapes.width} channels x {compute} B"
     terms.append(Term(f"{what}, {files} files", files * size, False))
+    if workers > 1 and not independent(plan):
+        sums = max(
+            (sum(t.n_bytes for t in statistics_terms(shapes, group, plan))
+             for block in shapes.blocks for _, group in _groups(block, plan) if block.pruned),
+            default=0,
+        )  # fmt: skip
+        shards = min(SHARDS, recipe.windows)
+        terms.append(Term(f"sums of a group of linears, {shards} shards", shards * sums, False))
+        parts = max(sum(each.n_weights for each in block.pruned) for block in shapes.blocks) * compute
+        terms.append(Term("solved linears of two blocks", 2 * parts, False))
+    if offload:
+        found = phases(shapes, recipe, workers=workers, offload=True)
+        size = max(phase.file_bytes for phase in found)
+        terms.append(Term(f"matrices of {workers} processes", workers * size, False))
     if plan.permute != "none":
         orders = sum(block.count * sum(4 * each.n_in for each in block.pruned) for block in shapes.blocks)
         terms.append(Term("orders of inputs, 4 B each, in parts and joined", 2 * orders, False))

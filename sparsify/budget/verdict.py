@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sparsify.budget.machine import Available
-from sparsify.budget.memory import Phase, Term, disk_terms, independent, phases, process_bytes
+from sparsify.budget.memory import Phase, Term, disk_terms, phases, process_bytes
 from sparsify.budget.operations import START_SECONDS, Rates, Time, block_work, rest_work, time_of
 from sparsify.budget.shapes import Shapes
 from sparsify.errors import UsageError
@@ -35,6 +35,7 @@ class Budget:
         text_bytes: of the calibration text; 0 where token ids are given.
         time: None where nothing was measured.
         rates: as ``time``.
+        offload: large matrices lie in files.
     """
 
     shapes: Shapes
@@ -45,11 +46,15 @@ class Budget:
     text_bytes: int = 0
     time: Time | None = None
     rates: Rates | None = None
+    offload: bool = False
 
     @property
     def phases(self) -> list[Phase]:
         """Moments that may be the largest, without what processes are made of."""
-        return phases(self.shapes, self.recipe, on_gpu=self.on_gpu, text_bytes=self.text_bytes)
+        return phases(
+            self.shapes, self.recipe, on_gpu=self.on_gpu, text_bytes=self.text_bytes, workers=self.workers,
+            offload=self.offload,
+        )  # fmt: skip
 
     @property
     def on_gpu(self) -> bool:
@@ -72,15 +77,10 @@ class Budget:
         return max(self.phases, key=self.phase_bytes)
 
     @property
-    def at_work(self) -> int:
-        """Processes that hold a block at the same time; where each block waits for the one before, the others wait."""
-        return self.workers if independent(self.recipe.plan) else 1
-
-    @property
     def memory_bytes(self) -> int:
         """Of the host: of all workers, and of the process that they work for."""
-        idle = 0 if self.workers == 1 else self.workers + 1 - self.at_work
-        return self.at_work * self.phase_bytes(self.largest) + idle * self.process_bytes
+        idle = 0 if self.workers == 1 else self.process_bytes
+        return self.workers * self.phase_bytes(self.largest) + idle
 
     @property
     def device_phase(self) -> Phase | None:
@@ -98,7 +98,7 @@ class Budget:
     @property
     def disk_terms(self) -> list[Term]:
         """Files of the run."""
-        return disk_terms(self.shapes, self.recipe, self.workers)
+        return disk_terms(self.shapes, self.recipe, self.workers, offload=self.offload and not self.on_gpu)
 
     @property
     def disk_bytes(self) -> int:
@@ -114,6 +114,7 @@ class Budget:
             "recipe": self.recipe.to_dict(),
             "device": self.device,
             "workers": self.workers,
+            "offload": self.offload,
             "memory_bytes": self.memory_bytes,
             "device_bytes": self.device_bytes if self.on_gpu else None,
             "disk_bytes": self.disk_bytes,
@@ -124,10 +125,7 @@ class Budget:
                     "phase": phase.name,
                     "host_bytes": self.phase_bytes(phase),
                     "device_bytes": phase.n_bytes(device=True) if self.on_gpu else None,
-                    "terms": [
-                        {"what": t.what, "bytes": t.n_bytes, "on": "device" if t.on_device else "host"}
-                        for t in phase.terms
-                    ],
+                    "terms": [{"what": t.what, "bytes": t.n_bytes, "on": _place(t)} for t in phase.terms],
                 }
                 for phase in self.phases
             ],
@@ -151,6 +149,10 @@ class Budget:
         return found
 
 
+def _place(term: Term) -> str:
+    return "disk" if term.in_file else "device" if term.on_device else "host"
+
+
 def _rows(where: str, works: Iterator[Any], rates: Rates) -> dict[str, Any]:
     rows = []
     for work in works:
@@ -164,7 +166,7 @@ def _rows(where: str, works: Iterator[Any], rates: Rates) -> dict[str, Any]:
 
 def timed(budget: Budget, rates: Rates) -> Budget:
     """The budget with the time at ``rates``."""
-    return replace(budget, rates=rates, time=time_of(budget.shapes, budget.recipe, rates, budget.at_work))
+    return replace(budget, rates=rates, time=time_of(budget.shapes, budget.recipe, rates, budget.workers))
 
 
 def summary(budget: Budget, free: Available) -> str:
@@ -219,21 +221,33 @@ def _remedy(budget: Budget, free: Available) -> str:
 
 
 def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
-    recipe, one = budget.recipe, " --workers 1" if budget.workers > 1 else ""
+    one = " --workers 1" if budget.workers > 1 else ""
     for workers in range(budget.workers - 1, 0, -1):
         yield f"--workers {workers}", replace(budget, workers=workers)
     budget = replace(budget, workers=1)
+    if budget.offload or budget.on_gpu:
+        yield from _smaller(budget, one + (" --offload" if budget.offload else ""))
+        return
+    filed = replace(budget, offload=True)
+    yield f"{one} --offload".strip(), filed
+    yield from _smaller(budget, one)
+    yield from _smaller(filed, f"{one} --offload")
+
+
+def _smaller(budget: Budget, run: str) -> Iterator[tuple[str, Budget]]:
+    """Shorter windows, smaller numbers, other devices, smaller methods; ``run`` stands behind the options of each."""
+    recipe = budget.recipe
     length = recipe.length // 2
     while _cuts_text(recipe) and length >= _LEAST_LENGTH:
         windows = -(-recipe.windows * recipe.length // length)
         changed = replace(recipe, length=length, windows=windows)
-        yield f"--length {length} --windows {windows}{one}", replace(budget, recipe=changed)
+        yield f"--length {length} --windows {windows}{run}", replace(budget, recipe=changed)
         length //= 2
     if recipe.compute_dtype == "float32" and budget.shapes.value_bytes == 2 and recipe.plan.needs_data:
         changed = replace(recipe, compute_dtype="bfloat16")
-        yield f"--compute-dtype bfloat16{one}", replace(budget, recipe=changed)
+        yield f"--compute-dtype bfloat16{run}", replace(budget, recipe=changed)
     if budget.on_gpu:
-        yield f"--device cpu{one}", replace(budget, device="cpu")
+        yield f"--device cpu{run}", replace(budget, device="cpu")
     for name in _SMALLER:
         try:
             # Parts and settings of one method mean nothing to another.
@@ -242,7 +256,7 @@ def _changes(budget: Budget) -> Iterator[tuple[str, Budget]]:
                 allocate=None, order=None, aim=None, inputs=None,
             )  # fmt: skip
             if changed.plan != recipe.plan:
-                yield f"--method {name}{one}", replace(budget, recipe=changed)
+                yield f"--method {name}{run}", replace(budget, recipe=changed)
         except UsageError:
             continue
 

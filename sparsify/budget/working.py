@@ -39,7 +39,7 @@ class Working:
 
 
 # ``solvers.quadratic.WIDE``, which cannot be had without torch; a test compares them.
-_WIDE = 4096
+WIDE = 4096
 # Measured by benchmarks/solver_memory.py (results/solver_memory.json), rounded up; tests/test_budget.py measures again.
 # Part -> for ordinary Gram matrices, and for wide ones.
 WORKING: dict[str, tuple[Working, Working]] = {
@@ -116,9 +116,8 @@ WORKING: dict[str, tuple[Working, Working]] = {
         Working(0, 3, chunks=4.5, left_weight=0.1),
     ),
 }
-# Of what comes before and after these: the copy of the dense weight; the result as it is stored, and its error.
-_KEPT_WEIGHTS = 1.0
-_REPORTING, _REPORTING_BY_NORMS = Working(0.0, 1.0, chunks=3.0), Working(0.0, 3.0)
+# Of what comes after these: rounding of the result and its error, in chunks that sums make twice as large.
+_REPORTING = Working(0.0, 0.0, chunks=5.0)
 
 
 def working_bytes(linear: Linear, plan: Method, width: int) -> float:
@@ -129,28 +128,25 @@ def working_bytes(linear: Linear, plan: Method, width: int) -> float:
         plan: the method.
         width: channels of the residual stream.
     """
-    wide = linear.n_in > _WIDE
+    wide = linear.n_in > WIDE
     aim = [] if plan.aim == "own" else [WORKING["aim=residual"][wide]]
     solving = [WORKING[f"{part}={value}"][wide] for part, value in _solving(plan)]
     gram, weight = gram_bytes(linear), weight_bytes(linear)
     most = kept = inverse = 0.0
-    if _reorders(linear, plan):
-        # What a weight is worth is asked of its target too, which is forgotten before the linear is solved.
-        search = WORKING["permute=by solver" if plan.score == "own" else "permute=by score"][wide]
-        for stage in (*aim, search):
-            most = max(most, kept + stage.peak(linear))
-            kept += stage.left_weight * weight
-            inverse = max(inverse, stage.left_gram * gram)
-        # The shift follows the order in a copy.
-        most = max(most, kept) + 4 * width * linear.n_in * bool(aim)
-    kept = _KEPT_WEIGHTS * weight
     for stage in aim:
-        most = max(most, kept + stage.peak(linear))
+        most = max(most, stage.peak(linear))
         kept += stage.left_weight * weight
-        inverse = max(inverse, stage.left_gram * gram)
+        inverse = stage.left_gram * gram
+    if _reorders(linear, plan):
+        search = WORKING["permute=by solver" if plan.score == "own" else "permute=by score"][wide]
+        most = max(most, kept + search.peak(linear))
+        inverse = max(inverse, search.left_gram * gram)
+        if plan.permute != "fold" and plan.permute != "residual":
+            # A recorded order is that of copies.
+            kept += weight + gram * plan.needs_gram
     # A wide matrix has one derived from it at a time, in the same storage; others keep them all.
     kept += 0 if wide else inverse
-    for stage in (*solving, _REPORTING if plan.needs_gram else _REPORTING_BY_NORMS):
+    for stage in (*solving, _REPORTING):
         most = max(most, kept + stage.peak(linear))
         kept += stage.left_weight * weight + (0 if wide else stage.left_gram * gram)
     # An expert that no token reaches is solved with a matrix of its own.

@@ -1,4 +1,8 @@
-"""The tasks of a graph, given out to workers as they become free; a worker that dies costs the task it had, no more."""
+"""The tasks of a graph, given out to workers as they become free; a worker that dies costs the task it had, no more.
+
+Only who is there is given a task: where nobody can be had any more, as for the machine that a cluster has lost, nothing
+waits but that place.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any, Protocol
 from sparsify.cluster.graph import Graph, Task
 from sparsify.errors import SparsifyError, WorkerError
 
-# Workers that may die over one task: what it asks for may be what kills them.
+# Workers that may die over one task, as what it asks for may be what kills them; and that may fail to come to a place.
 _ATTEMPTS = 3
 # Between signs of life where nothing happens.
 _WAIT_S = 5.0
@@ -24,13 +28,22 @@ Done = Callable[[Task, Mapping[str, Any], str], None]
 
 
 class Worker(Protocol):
-    """Does tasks one at a time, in another process mostly.
+    """Does tasks one at a time, in another process mostly. To make one takes no time.
 
     Attributes:
-        name: which it is, for people.
+        name: which it is, for people; the final one once it is ready.
     """
 
     name: str
+
+    def ready(self) -> None:
+        """Return when it can do tasks; another thread may ``close`` it meanwhile.
+
+        Raises:
+            WorkerError: it is gone, or there is no room for it.
+            SparsifyError: what it met.
+        """
+        ...
 
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """Do ``task`` and return its answer; ``event`` receives ``advance`` (steps) and ``notice`` (text) on the way.
@@ -57,6 +70,9 @@ class Here:
 
     def __init__(self, handlers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
         self._handlers = handlers
+
+    def ready(self) -> None:
+        """It is."""
 
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """As ``Worker``; progress is reported by the handlers themselves."""
@@ -86,7 +102,8 @@ class Crew:
     Args:
         hire: for each place, what starts the worker there; called again where one is gone.
         begun: told of a task and the worker that begins it, in that worker's thread.
-        lost: told of the task that a worker died over, the worker, why, how many did, and whether it is tried again.
+        lost: told of a task that a worker died over, or that one did not come for; of the worker, why, how many did,
+            and whether it is tried again.
         waits: called every few seconds while nothing happens.
     """
 
@@ -98,8 +115,15 @@ class Crew:
         waits: Callable[[], None] = lambda: None,
     ) -> None:
         self._hire, self._begun, self._lost, self._waits = hire, begun, lost, waits
+        # Those at work, at leisure and on their way.
         self._workers: dict[int, Worker] = {}
+        self._free: list[int] = []
+        self._coming: dict[Future[Any], tuple[int, Task]] = {}
+        # Workers in a row that did not come.
+        self._refused = [0] * len(hire)
         self._lock, self._closed = Lock(), False
+        # Not of one call of ``work``: a process may be told to end with the thread that started it.
+        self._threads = ThreadPoolExecutor(len(hire))
 
     def __enter__(self) -> Crew:
         return self
@@ -119,6 +143,7 @@ class Crew:
         for worker in workers:
             with suppress(SparsifyError, OSError):
                 worker.close()
+        self._threads.shutdown()
 
     def work(self, graph: Graph, done: Done, told: Told) -> None:
         """Do all of ``graph``.
@@ -132,12 +157,11 @@ class Crew:
             told: what a worker (by its name) says on the way; called in its thread, one at a time.
 
         Raises:
-            WorkerError: a task that several workers died over.
+            WorkerError: a task that several workers died over, or that none came for.
             SparsifyError: what a task met first.
         """
-        free: list[int] = list(range(len(self._hire)))
         failed: SparsifyError | None = None
-        running: dict[Future[tuple[dict[str, Any], str]], tuple[Task, int]] = {}
+        running: dict[Future[Any], tuple[Task, int, Worker]] = {}
         attempts: dict[str, int] = {}
         one = Lock()
 
@@ -145,60 +169,95 @@ class Crew:
             with one:
                 told(worker, what)
 
-        with ThreadPoolExecutor(len(self._hire)) as threads:
-            try:
-                while running or (graph.left and failed is None):
-                    for task in graph.ready() if failed is None else []:
-                        if not free:
-                            break
-                        graph.take(task)
-                        place = free.pop(0)
-                        running[threads.submit(self._do, place, task, tell)] = task, place
-                    self._waits()
-                    for future in wait(running, timeout=_WAIT_S, return_when=FIRST_COMPLETED).done:
-                        task, place = running.pop(future)
-                        free.append(place)
-                        try:
-                            answer, name = future.result()
-                        except WorkerError as error:
-                            attempts[task.name] = attempts.get(task.name, 0) + 1
-                            again = attempts[task.name] < _ATTEMPTS and failed is None
-                            self._lost(task, f"worker {place + 1}", error, attempts[task.name], again)
-                            if again:
-                                graph.give_back(task)
-                            else:
-                                failed = failed or WorkerError(
-                                    f"{task.name}: {_ATTEMPTS} workers died over it, the last so: {error}; where "
-                                    "memory ran out, use fewer --workers or less calibration text (--windows)"
-                                )
-                        except SparsifyError as error:
-                            failed = failed or error
+        try:
+            while running or (graph.left and failed is None):
+                waiting = graph.ready() if failed is None else []
+                while waiting and self._free:
+                    task, place = waiting.pop(0), self._free.pop(0)
+                    graph.take(task)
+                    worker = self._workers[place]
+                    running[self._threads.submit(self._do, worker, task, tell)] = task, place, worker
+                self._call(waiting)
+                self._waits()
+                for future in wait({*running, *self._coming}, timeout=_WAIT_S, return_when=FIRST_COMPLETED).done:
+                    if future in self._coming:
+                        refusal = self._come(future)
+                        failed = failed or refusal
+                        continue
+                    task, place, worker = running.pop(future)
+                    try:
+                        answer = future.result()
+                    except WorkerError as error:
+                        self._leave(place, worker)
+                        attempts[task.name] = attempts.get(task.name, 0) + 1
+                        again = attempts[task.name] < _ATTEMPTS and failed is None
+                        self._lost(task, worker.name, error, attempts[task.name], again)
+                        if again:
+                            graph.give_back(task)
                         else:
-                            done(task, answer, name)
-                            graph.finish(task)
-            except BaseException:
-                # Threads wait for workers that may need hours.
-                self.close()
-                raise
+                            failed = failed or WorkerError(
+                                f"{task.name}: {_ATTEMPTS} workers died over it, the last so: {error}; where "
+                                "memory ran out, use fewer --workers or less calibration text (--windows)"
+                            )
+                    except SparsifyError as error:
+                        self._free.append(place)
+                        failed = failed or error
+                    else:
+                        self._free.append(place)
+                        done(task, answer, worker.name)
+                        graph.finish(task)
+        except BaseException:
+            # Threads wait for workers that may need hours.
+            self.close()
+            raise
         if failed is not None:
             raise failed
 
-    def _do(self, place: int, task: Task, tell: Told) -> tuple[dict[str, Any], str]:
-        with self._lock:
-            worker = self._workers.get(place)
-        if worker is None:
-            worker = self._hire[place]()
-            with self._lock:
-                if self._closed:
-                    worker.close()
-                    raise WorkerError("closed")
-                self._workers[place] = worker
+    def _do(self, worker: Worker, task: Task, tell: Told) -> dict[str, Any]:
         self._begun(task, worker.name)
+        return worker.ask(task, partial(tell, worker.name))
+
+    def _call(self, tasks: Sequence[Task]) -> None:
+        """Have workers come for ``tasks`` where there are none, besides those that are on their way."""
+        coming = {place for place, _ in self._coming.values()}
+        empty = [place for place in range(len(self)) if place not in self._workers and place not in coming]
+        # Where nobody came several times nobody will.
+        empty = [place for place in empty if self._refused[place] < _ATTEMPTS]
+        for place, task in zip(empty, tasks[len(coming) :], strict=False):
+            self._coming[self._threads.submit(self._start, place)] = place, task
+
+    def _start(self, place: int) -> None:
+        worker = self._hire[place]()
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._workers[place] = worker
+        if closed:
+            worker.close()
+            raise WorkerError("closed")
+        worker.ready()
+
+    def _come(self, future: Future[Any]) -> SparsifyError | None:
+        """A worker is there, or is not; returns what ends the run."""
+        place, task = self._coming.pop(future)
         try:
-            return worker.ask(task, partial(tell, worker.name)), worker.name
-        except WorkerError:
-            with self._lock:
-                self._workers.pop(place, None)
-            with suppress(SparsifyError, OSError):
-                worker.close()
-            raise
+            future.result()
+        except SparsifyError as error:
+            if place in self._workers:
+                self._leave(place, self._workers[place])
+            if not isinstance(error, WorkerError):
+                return error
+            self._refused[place] += 1
+            hope = bool(self._workers or self._coming or min(self._refused) < _ATTEMPTS)
+            self._lost(task, f"worker {place + 1}", error, self._refused[place], hope)
+            return None if hope else WorkerError(f"{task.name}: no worker can be had for it, the last said: {error}")
+        self._refused[place] = 0
+        self._free.append(place)
+        return None
+
+    def _leave(self, place: int, worker: Worker) -> None:
+        """A worker is gone."""
+        with self._lock:
+            self._workers.pop(place, None)
+        with suppress(SparsifyError, OSError):
+            worker.close()

@@ -7,7 +7,8 @@ done again by another, with the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property, partial
@@ -17,26 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.block import BlockPruner, Streams
+from sparsify.block import BlockPruner
 from sparsify.checkpoint import read_permutations, write_permutations, write_shard
+from sparsify.cluster.files import DENSE, ORDERS, PRUNED, SHARD, streams_of
 from sparsify.cluster.plan import Inputs
 from sparsify.couplings import in_stream_order
 from sparsify.errors import OutputError
 from sparsify.format.reader import open_checkpoint
-from sparsify.hidden import Calls, HiddenFile, Layout, enter, file_crc32
+from sparsify.hidden import Calls, HiddenFile, HiddenStates, Layout, enter, file_crc32
 from sparsify.journal import Stopwatch
-from sparsify.memory import peak_memory_bytes, return_freed_memory, return_large_frees
+from sparsify.memory import peak_device_bytes, peak_memory_bytes, return_freed_memory, return_large_frees
 from sparsify.model import Skeleton, load_skeleton
 from sparsify.naming import Binding
+from sparsify.passes import Streams
 from sparsify.progress import Progress
 from sparsify.recipe import Recipe, from_mapping
 from sparsify.types import LinearSpec, Pattern, PrunedLinear, Unstructured
-
-# Hidden states that enter a block: of the pruned model, and of the dense one where targets or inputs are dense.
-PRUNED, DENSE = "hidden.{}", "dense.{}"
-# Orders of inputs found in a block, until they are put into one file.
-ORDERS = "orders.{}"
-SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Job:
         device: where blocks run.
         threads: of each process; sums depend on their number.
         trust_remote_code: let the model's own code load.
+        offload: matrices that are large lie in files (``sparsify.offload``).
     """
 
     folder: str
@@ -68,6 +66,7 @@ class Job:
     device: str
     threads: int
     trust_remote_code: bool
+    offload: bool
 
 
 class Bench:
@@ -107,12 +106,14 @@ class Bench:
         return self.binding.skeleton
 
     @cached_property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """Of the forward passes."""
         dtype: torch.dtype = getattr(torch, self.recipe.compute_dtype)
         return dtype
 
     @cached_property
-    def _pruner(self) -> BlockPruner:
+    def pruner(self) -> BlockPruner:
+        """Of this job's blocks."""
         return BlockPruner(
             self.skeleton,
             self.recipe.plan,
@@ -128,22 +129,22 @@ class Bench:
         """Write what enters the first block for ids [windows, length]; returns files and their CRC-32."""
         names = [each.format(0) for each in streams_of(self.recipe)]
         paths = [self.folder / name for name in names]
-        self._calls, files = enter(self.binding, ids, paths, self._dtype, self.device)
-        return {"hidden": {file.path.name: file.crc32 for file in files}}
+        self._calls, made = enter(self.binding, ids, paths, self.dtype, self.device)
+        return {"hidden": {file.path.name: file.crc32 for states in made for file in states.shards}}
 
     def forward(self, block: int) -> dict[str, Any]:
         """Run a dense block on its inputs, and write what leaves it."""
         clock = Stopwatch()
         with torch.inference_mode():
-            streams = self._streams(block)
+            streams = self.streams(block)
             assert streams is not None
             assert streams.dense is not None
             with clock("load"):
-                module = self.binding.load_block(block, self._dtype, self.device)
+                module = self.binding.load_block(block, self.dtype, self.device)
             with clock("outputs"):
-                self._write(module, block, streams, streams.dense)
-            self._unload(module)
-        return self._answer(clock, [streams.dense[1]])
+                self._leave(module, block, streams, streams.dense)
+            self.unload(module)
+        return self.answer(clock, streams.dense[1].shards)
 
     def prune(self, block: int, leave: bool) -> dict[str, Any]:
         """Prune a block into its shard.
@@ -154,8 +155,8 @@ class Bench:
 
         Returns:
             ``file``, ``bytes``, ``linears`` (records), ``orders`` (file and CRC-32, or None); and as ``forward``
-            ``hidden`` (files of what left it, with their CRC-32), ``seconds`` by step, ``peak_memory_bytes`` of the
-            process.
+            ``hidden`` (files of what left it, with their CRC-32), ``seconds`` by step, ``peak_memory_bytes`` and
+            ``peak_device_bytes`` of the process.
         """
         with torch.inference_mode():
             return self._prune(block, leave)
@@ -163,46 +164,56 @@ class Bench:
     def _prune(self, index: int, leave: bool) -> dict[str, Any]:
         specs, plan, clock = self.chosen[index], self.recipe.plan, Stopwatch()
         # First: seeing how blocks are called ends with the whole model unloaded.
-        streams = self._streams(index) if index <= self.last else None
+        streams = self.streams(index) if index <= self.last else None
         with clock("load"):
-            module = self.binding.load_block(index, self._dtype, self.device)
+            module = self.binding.load_block(index, self.dtype, self.device)
+            self.binding.read_ahead(index + 1)
         written: list[HiddenFile] = []
         dense = streams.dense if streams is not None and leave else None
         # Where the method runs the dense block anyway, the pruner writes what leaves it on its way.
         along = dense is not None and bool(specs) and plan.aim != "own"
         if streams is not None and dense is not None:
-            written.append(dense[1])
+            written += dense[1].shards
             if not along:
                 with clock("outputs"):
-                    self._write(module, index, streams, dense)
+                    self._leave(module, index, streams, dense)
         rows: list[PrunedLinear] = []
         orders: dict[str, torch.Tensor] = {}
         if specs:
-            rows, orders = self._pruner.prune(module, index, specs, streams, clock, write_dense=along)
+            rows, orders = self.pruner.prune(module, index, specs, streams, clock, write_dense=along)
         part = self.folder / ORDERS.format(index)
         if orders:
             write_permutations(part, orders)
         shard = self.folder / SHARD.format(index + 1, self.job.n_shards)
-        with clock("write"):
-            write_shard(shard, self.binding.stored_form(index))
-        if streams is not None and leave and plan.inputs == "pruned":
-            with clock("outputs"):
-                self._write(module, index, streams, streams.pruned)
-            written.append(streams.pruned[1])
-        self._unload(module)
+        stored = self.binding.stored_form(index)
+
+        def write() -> None:
+            with clock("write"):
+                write_shard(shard, stored)
+
+        with ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(write)
+            if streams is not None and leave and plan.inputs == "pruned":
+                with clock("outputs"):
+                    self._leave(module, index, streams, streams.pruned)
+                written += streams.pruned[1].shards
+            writing.result()
+        self.unload(module)
         return {
             "file": shard.name,
             "bytes": shard.stat().st_size,
             "linears": [asdict(row) for row in rows],
             "orders": {"file": part.name, "crc32": file_crc32(part)} if orders else None,
-            **self._answer(clock, written),
+            **self.answer(clock, written),
         }
 
-    def _answer(self, clock: Stopwatch, written: list[HiddenFile]) -> dict[str, Any]:
+    def answer(self, clock: Stopwatch, written: Sequence[HiddenFile] = ()) -> dict[str, Any]:
+        """What every task answers: ``hidden``, ``seconds``, and peaks of memory (see ``prune``)."""
         return {
             "hidden": {file.path.name: file.crc32 for file in written},
             "seconds": clock.seconds,
             "peak_memory_bytes": peak_memory_bytes(),
+            "peak_device_bytes": peak_device_bytes(self.device),
         }
 
     def steps(self, do: str, block: int, leave: bool = False) -> int:
@@ -216,34 +227,50 @@ class Bench:
         outputs = (len(streams_of(self.recipe)) - (plan.aim != "own" and bool(specs))) if leave else 0
         return 1 + n_windows * (passes + outputs) + (len(specs) if n_windows else 0)
 
-    def _streams(self, index: int) -> Streams | None:
+    def streams(self, index: int) -> Streams | None:
         """What enters block ``index``, and the files for what leaves it."""
         if self.job.shape is None:
             return None
         if self._calls is None:
             # How blocks are called is seen by running what is before them.
             ids = torch.tensor([self.job.first])
-            self._calls, _ = enter(self.binding, ids, [], self._dtype, self.device)
-        layout = Layout(*self.job.shape, self._calls.width, self._dtype)
+            self._calls, _ = enter(self.binding, ids, [], self.dtype, self.device)
+        layout = Layout(*self.job.shape, self._calls.width, self.dtype)
         pairs = {
             name: (
-                HiddenFile(self.folder / name.format(index), layout),
-                HiddenFile(self.folder / name.format(index + 1), layout),
+                HiddenStates(self.folder / name.format(index), layout),
+                HiddenStates(self.folder / name.format(index + 1), layout),
             )
             for name in streams_of(self.recipe)
         }
         first = next(iter(pairs.values()))
         return Streams(self._calls, pairs.get(PRUNED, first), pairs.get(DENSE))
 
-    def _write(self, module: nn.Module, index: int, streams: Streams, files: tuple[HiddenFile, HiddenFile]) -> None:
+    def _leave(self, module: nn.Module, index: int, streams: Streams, pair: tuple[HiddenStates, HiddenStates]) -> None:
+        for shard in streams.shards:
+            self.leave_shard(module, index, streams, pair, shard)
+
+    def leave_shard(
+        self,
+        module: nn.Module,
+        index: int,
+        streams: Streams,
+        pair: tuple[HiddenStates, HiddenStates],
+        shard: int,
+    ) -> HiddenFile:
+        """Run a block on a shard of what enters it, and write what leaves it."""
+
         def windows() -> Iterator[torch.Tensor]:
-            for hidden in files[0].windows(self.device):
+            for hidden in pair[0].shards[shard].windows(self.device):
                 yield streams.calls.run(module, index, hidden)
                 self.progress.advance()
 
-        files[1].write(windows())
+        file = pair[1].shards[shard]
+        file.write(windows())
+        return file
 
-    def _unload(self, module: nn.Module) -> None:
+    def unload(self, module: nn.Module) -> None:
+        """Free a block's weights."""
         self.binding.unload(module)
         return_freed_memory()
 
@@ -270,23 +297,3 @@ def inputs_of(recipe: Recipe) -> Inputs:
     if not plan.needs_data:
         return "none"
     return "dense" if plan.inputs == "dense" else "pruned"
-
-
-def entered_of(recipe: Recipe, hidden: Iterable[str]) -> set[int]:
-    """Blocks of which all inputs are among the files ``hidden``."""
-    names = [name.rpartition(".") for name in hidden]
-    found = [
-        {int(number) for stem, _, number in names if number.isdecimal() and each.format(number) == f"{stem}.{number}"}
-        for each in streams_of(recipe)
-    ]
-    return set.intersection(*found) if found else set()
-
-
-def streams_of(recipe: Recipe) -> list[str]:
-    """Names of the files of hidden states, with the number of the block that they enter left open."""
-    plan = recipe.plan
-    if not plan.needs_data:
-        return []
-    if plan.inputs == "dense":
-        return [DENSE]
-    return [PRUNED] if plan.aim == "own" else [PRUNED, DENSE]

@@ -34,7 +34,7 @@ def run_graph(
     """
     left = [block for block in range(n_blocks) if block not in done]
     if inputs == "none":
-        return Graph(_prune(block, leave=False) for block in left)
+        return Graph(prune_task(block, leave=False) for block in left)
     needy = {block for block in left if block <= last}
     end, frontier = max(needy, default=-1), max(entered, default=-1)
     graph, maker = Graph(), dict.fromkeys(entered, "")
@@ -47,12 +47,12 @@ def run_graph(
             raise ValueError(f"inputs of block {block + lost} are missing")
         if block in needy:
             leave = carries and not ahead
-            task = _prune(block, leave=leave, after=after or ())
+            task = prune_task(block, leave=leave, after=after or ())
             graph.add(task)
             if leave:
                 maker[block + 1] = task.name
         elif block in left:
-            graph.add(_prune(block, leave=False))
+            graph.add(prune_task(block, leave=False))
         if carries and block + 1 not in maker:
             room = {_name(before) for before in range(block - max(ahead, 1) + 1) if before in needy}
             task = Task(f"forward {block}", "forward", {"block": block}, frozenset((after or set()) | room), (0, block))
@@ -72,5 +72,6 @@ def _name(block: int) -> str:
     return f"prune {block}"
 
 
-def _prune(block: int, *, leave: bool, after: Collection[str] = ()) -> Task:
+def prune_task(block: int, *, leave: bool, after: Collection[str] = ()) -> Task:
+    """The task that prunes a block by itself, and where it ``leave``s something writes that too."""
     return Task(_name(block), "prune", {"block": block, "leave": leave}, frozenset(after), (1, block))

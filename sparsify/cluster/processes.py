@@ -25,7 +25,7 @@ class Process:
     """
 
     def __init__(self, name: str, job: Job, device: str) -> None:
-        self.name = name
+        self.name, self._job, self._device = name, job, device
         self._process = WorkerProcess(
             name,
             _MODULE,
@@ -34,12 +34,12 @@ class Process:
             timeout_s=None,
             gone=WorkerError,
             why=_last_line,
+            makes_output=True,
         )
-        try:
-            self._process.ask("open", job=asdict(job), device=device)
-        except BaseException:
-            self.close()
-            raise
+
+    def ready(self) -> None:
+        """As ``Worker``."""
+        self._process.ask("open", job=asdict(self._job), device=self._device)
 
     @property
     def pid(self) -> int:
@@ -48,7 +48,7 @@ class Process:
 
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """As ``Worker``."""
-        for found in self._process.ask_all(task.do, **task.arguments):
+        for found in self._process.ask_all("task", name=task.do, arguments=dict(task.arguments)):
             if "answer" in found:
                 answer: dict[str, Any] = found["answer"]
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from queue import SimpleQueue
 from typing import Any
@@ -37,6 +37,7 @@ def ray_cluster(address: str, workers: int | None, threads: int) -> Iterator[Any
     Raises:
         MissingExtraError: Ray is not installed.
         UsageError: there is no cluster.
+        WorkerError: it does not start on this machine.
     """
     require("ray", f"--cluster {address}")
     import ray
@@ -49,10 +50,16 @@ def ray_cluster(address: str, workers: int | None, threads: int) -> Iterator[Any
         options.pop("include_dashboard")
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:
+        # It raises Exception itself where its processes are not up in time.
+        ray.shutdown()
+        if address == "local":
+            raise WorkerError(
+                f"--cluster local: Ray does not start ({_reason(error)}); see that there is room on the disk, in "
+                "/dev/shm and in memory, or use --workers alone"
+            ) from error
         raise UsageError(
-            f"--cluster {address}: no Ray cluster there ({reason}); start one with 'ray start --head', or use "
+            f"--cluster {address}: no Ray cluster there ({_reason(error)}); start one with 'ray start --head', or use "
             "--cluster local"
         ) from error
     try:
@@ -79,13 +86,10 @@ class Actor:
         name: of it, for people.
         job: whose tasks it does.
         memory_bytes: that are set aside for it; None: none.
-
-    Raises:
-        WorkerError: the cluster gave it no place.
     """
 
     def __init__(self, ray: Any, name: str, job: Job, memory_bytes: int | None = None) -> None:
-        self.name, self._ray = name, ray
+        self.name, self._ray, self._threads = name, ray, job.threads
         wanted: dict[str, Any] = {"num_cpus": job.threads, "max_restarts": 0}
         if job.device == "cuda":
             wanted["num_gpus"] = 1
@@ -94,19 +98,21 @@ class Actor:
         # Threads are counted when torch is imported.
         wanted["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(job.threads)}}
         self._actor = ray.remote(_Remote).options(**wanted).remote(asdict(job))
+
+    def ready(self) -> None:
+        """As ``Worker``."""
         try:
-            where = ray.get(self._actor.ready.remote(), timeout=_PLACE_S)
-        except ray.exceptions.GetTimeoutError as error:
-            self.close()
+            where = self._ray.get(self._actor.ready.remote(), timeout=_PLACE_S)
+        except self._ray.exceptions.GetTimeoutError as error:
             raise WorkerError(
-                f"{name}: no place on the cluster for {job.threads} CPUs within {_PLACE_S:g} s; use fewer --workers"
+                f"{self.name}: no place on the cluster for {self._threads} CPUs within {_PLACE_S:g} s; use fewer "
+                "--workers"
             ) from error
-        except ray.exceptions.RayError as error:
-            raise WorkerError(f"{name}: {_reason(error)}") from error
+        except self._ray.exceptions.RayError as error:
+            raise WorkerError(f"{self.name}: {_reason(error)}") from error
         if "error" in where:
-            self.close()
             raise _met(where)
-        self.name = f"{name} on {where['host']}"
+        self.name = f"{self.name} on {where['host']}"
 
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """As ``Worker``."""
@@ -128,7 +134,9 @@ class Actor:
 
     def close(self) -> None:
         """End it now: what it writes appears whole or not at all."""
-        self._ray.kill(self._actor)
+        # Where the cluster is gone, so is the actor.
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
+            self._ray.kill(self._actor)
 
 
 class _Remote:
@@ -140,14 +148,15 @@ class _Remote:
         end_with_parent()
         self._said: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._error: dict[str, Any] | None = None
-        self._bench: Any = None
+        self._known: Mapping[str, Callable[..., dict[str, Any]]] = {}
         self._error = self._try(lambda: self._open(job))
 
     def _open(self, job: dict[str, Any]) -> None:
         from sparsify.cluster.job import Bench
+        from sparsify.cluster.pieces import handlers_of
         from sparsify.cluster.worker import Told
 
-        self._bench = Bench(Job(**job), Told(lambda **what: self._said.put(what)))
+        self._known = handlers_of(Bench(Job(**job), Told(lambda **what: self._said.put(what))))
 
     def ready(self) -> dict[str, Any]:
         """Where it is, or why it cannot work."""
@@ -159,7 +168,7 @@ class _Remote:
         """Do a task in a thread, and pass on what it says meanwhile."""
 
         def work() -> None:
-            error = self._try(lambda: self._said.put({"answer": getattr(self._bench, do)(**arguments)}))
+            error = self._try(lambda: self._said.put({"answer": self._known[do](**arguments)}))
             if error is not None:
                 self._said.put(error)
             self._said.put(None)
@@ -174,6 +183,9 @@ class _Remote:
             work()
         except SparsifyError as error:
             return {"error": " ".join(str(error).split()), "kind": type(error).__name__}
+        except Exception as error:
+            # As where a process of this machine ends by it: whoever waits has to hear of it.
+            return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300], "kind": "WorkerError"}
         return None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparsify.cluster.job import Bench, Job
+from sparsify.cluster.pieces import handlers_of
 from sparsify.workers import Handlers, Say, serve
 
 
@@ -28,20 +29,17 @@ class Told:
 
 
 def handlers(say: Say) -> Handlers:
-    """``open`` a job, then do its tasks."""
-    benches: list[Bench] = []
+    """``open`` a job, then do its ``task``s."""
+    known: dict[str, Callable[..., dict[str, Any]]] = {}
 
     def open_(job: dict[str, Any], device: str) -> Iterator[dict[str, Any]]:
-        benches[:] = [Bench(Job(**job), Told(say), device=device)]
+        known.update(handlers_of(Bench(Job(**job), Told(say), device=device)))
         yield {"open": True}
 
-    def forward(block: int) -> Iterator[dict[str, Any]]:
-        yield {"answer": benches[0].forward(block)}
+    def task(name: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield {"answer": known[name](**arguments)}
 
-    def prune(block: int, leave: bool) -> Iterator[dict[str, Any]]:
-        yield {"answer": benches[0].prune(block, leave)}
-
-    return {"open": open_, "forward": forward, "prune": prune}
+    return {"open": open_, "task": task}
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ def reorder_(matrix: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
     n = len(matrix)
     for columns in chunks(n, n):
         matrix[:, columns] = matrix[:, columns][perm]
-    for rows in chunks(n, n):
+    return reorder_columns_(matrix, perm)
+
+
+def reorder_columns_(matrix: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """Overwrite ``matrix`` [rows, n] with its columns in the order ``perm``, and return it."""
+    for rows in chunks(*matrix.shape):
         matrix[rows] = matrix[rows][:, perm]
     return matrix

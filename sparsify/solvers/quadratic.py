@@ -15,6 +15,7 @@ import torch
 
 from sparsify.chunks import chunks
 from sparsify.errors import NumericsError, SingularError
+from sparsify.offload import zeros
 from sparsify.solvers.factor import factorise_, invert_, reorder_, times_inverse_
 
 # Share of the mean diagonal that is added to it before factorising (SparseGPT's default, and everybody's since).
@@ -157,7 +158,7 @@ class Gram:
 
     def _room(self, name: str) -> torch.Tensor:
         """Storage for the derived matrix ``name`` of a wide one; the one there is loses its content."""
-        room = torch.empty_like(self.matrix) if self._only is None else self._only[1]
+        room = zeros(self.n_in, self.n_in, self.matrix.device) if self._only is None else self._only[1]
         self._only = name, room
         return room
 
@@ -280,7 +281,7 @@ class Gram:
 
     def live(self, weight: torch.Tensor) -> torch.Tensor:
         """A float32 copy of ``weight`` [out, in] with 0 for dead inputs, whose weights nothing can be said about."""
-        return weight.detach().float().masked_fill(self.dead, 0)
+        return weight.detach().to(torch.float32, copy=True).masked_fill_(self.dead, 0)
 
     def permuted(self, perm: torch.Tensor, *, in_place: bool = False) -> Gram:
         """The Gram matrix of the inputs in the order ``perm``, with what is known of this one that follows an order.

@@ -28,8 +28,8 @@ def sparsegpt(
     optimum for the same mask (``mrp``, ``refit``). The mask of a block of columns is chosen when the block is reached,
     from the updated weights, by w² / U_jj².
 
-    Working set: the Gram matrix and U (``Gram``); beside ``weight``, 2 float32 weights (the columns at work, and the
-    result), 2 masks, and a block of columns a few times.
+    Working set: the Gram matrix and U (``Gram``); beside ``weight``, 1 float32 weight (the result), a mask, and a block
+    of columns a few times.
 
     Args:
         weight: [out, in].
@@ -45,41 +45,40 @@ def sparsegpt(
     upper = gram.inverse_upper
     pivots = upper.diagonal().float()
     n_out, n_in = weight.shape
-    # Transposed, so that a column of the weight is contiguous.
-    work = torch.empty(n_in, n_out, device=weight.device).copy_(weight.detach().t())
-    work.masked_fill_(gram.dead[:, None], 0)
-    mask = torch.ones(n_in, n_out, dtype=torch.bool, device=work.device) if keep is None else keep.t().contiguous()
-    block = BLOCK
+    work = gram.live(weight)
+    mask = torch.ones_like(work, dtype=torch.bool) if keep is None else keep
+    block, panel = BLOCK, _PANEL
     if isinstance(pattern, NofM):
-        block = max(BLOCK // pattern.m, 1) * pattern.m
+        block, panel = (max(size // pattern.m, 1) * pattern.m for size in (BLOCK, _PANEL))
     for start in range(0, n_in, block):
         end = min(start + block, n_in)
-        passed_on = upper[start:end].float()
+        # Transposed, so that a column of the weight is contiguous.
+        columns, kept = work[:, start:end].t().contiguous(), mask[:, start:end].t().contiguous()
+        scale, passed_on = pivots[start:end, None], upper[start:end].float()
         if keep is None and isinstance(pattern, Unstructured):
-            score = (work[start:end] / pivots[start:end, None]).square_()
-            mask[start:end] = block_share(score, pattern, pattern.group or group, start, end)
+            score = (columns / scale).square_()
+            kept = block_share(score, pattern, pattern.group or group, start, end)
         errors = torch.empty(end - start, n_out, device=work.device)
-        chosen = isinstance(pattern, NofM) and keep is None
-        panel = max(_PANEL // pattern.m, 1) * pattern.m if isinstance(pattern, NofM) else _PANEL
-        for a in range(start, end, panel):
-            b = min(a + panel, end)
+        for a in range(0, end - start, panel):
+            b = min(a + panel, end - start)
             for j in range(a, b):
-                if chosen and isinstance(pattern, NofM) and j % pattern.m == 0:
-                    scale = pivots[j : j + pattern.m, None]
-                    score = (work[j : j + pattern.m] / scale).square_()
-                    mask[j : j + pattern.m] = keep_mask(score.t(), pattern).t()
-                error = errors[j - start]
-                torch.mul(work[j], ~mask[j], out=error)
-                error /= pivots[j]
+                if keep is None and isinstance(pattern, NofM) and j % pattern.m == 0:
+                    score = (columns[j : j + pattern.m] / scale[j : j + pattern.m]).square_()
+                    kept[j : j + pattern.m] = keep_mask(score.t(), pattern).t()
+                error = errors[j]
+                torch.mul(columns[j], ~kept[j], out=error)
+                error /= scale[j]
                 if j + 1 < b:
-                    work[j + 1 : b].addr_(passed_on[j - start, j + 1 : b], error, alpha=-1)
-            if b < end:
-                among = passed_on[a - start : b - start, b:end]
-                work[b:end].addmm_(among.t(), errors[a - start : b - start], alpha=-1)
+                    columns[j + 1 : b].addr_(passed_on[j, start + j + 1 : start + b], error, alpha=-1)
+            if b < end - start:
+                among = passed_on[a:b, start + b : end]
+                columns[b:].addmm_(among.t(), errors[a:b], alpha=-1)
         if end < n_in:
-            work[end:].addmm_(passed_on[:, end:].t(), errors, alpha=-1)
-        work[start:end].masked_fill_(~mask[start:end], 0)
-    return Solution(work.t().contiguous(), mask.t().contiguous())
+            work[:, end:].addmm_(errors.t(), passed_on[:, end:], alpha=-1)
+        work[:, start:end] = columns.masked_fill_(~kept, 0).t()
+        if keep is None:
+            mask[:, start:end] = kept.t()
+    return Solution(work, mask)
 
 
 def block_share(score: torch.Tensor, pattern: Unstructured, group: str, start: int, end: int) -> torch.Tensor:
