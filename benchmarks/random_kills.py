@@ -169,10 +169,10 @@ def disturbed(
     kept: dict[str, tuple[int, int]] = {}
     # Killed, or after its last rename: then all of it is there.
     while not out.exists():
-        workers, way_ = draw.choice([1, 2, 3]), draw.choice(list(WAYS))
+        others, way_ = draw.choice((1, 2, 3)), draw.choice(list(WAYS))
         kept |= finished(out)
-        resumed.append({"workers": workers, "way": way_, "blocks": len(kept)})
-        again = Run(model, ids, method, out, workers, way_)
+        resumed.append({"workers": others, "way": way_, "blocks": len(kept)})
+        again = Run(model, ids, method, out, others, way_)
         again.wait()
         left += again.left_over()
     lines = journal(out)

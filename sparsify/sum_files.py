@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sparsify.checkpoint import open_shard
@@ -79,29 +79,31 @@ class SumFiles:
         """
         # By its number in each file: linears that share an input have the same ones.
         made: dict[tuple[int | None, ...], tuple[list[Key], Accumulator]] = {}
-        with ExitStack() as stack:
-            files = [stack.enter_context(open_shard(path)) for path in self._paths]
-            names = [set(file.keys()) for file in files]
-            for spec in specs:
-                key = _key(spec)
-                entries = [inputs.get(key) for inputs in self._inputs]
-                place = tuple(entry[0] if entry else None for entry in entries)
-                if place in made:
-                    made[place][0].append(key)
-                    continue
-                if not any(entries):
-                    continue
-                sums = Accumulator(spec.in_features, device, wanted)
-                made[place] = [key], sums
-                for file, known, entry in zip(files, names, entries, strict=True):
-                    if entry is not None:
-                        sums.merge(entry[1], partial(_read, file, known, entry[0]))
-            return results(list(made.values()), specs, wanted)
+        for spec in specs:
+            entries = [inputs.get(_key(spec)) for inputs in self._inputs]
+            place = tuple(entry[0] if entry else None for entry in entries)
+            if any(entries):
+                sums = made[place][1] if place in made else Accumulator(spec.in_features, device, wanted)
+                made.setdefault(place, ([], sums))[0].append(_key(spec))
+        for shard, path in enumerate(self._paths):
+            # One at a time: what is read of a file may stay in memory until it is closed.
+            with open_shard(path) as file:
+                known = set(file.keys())
+                for place, (sharing, sums) in made.items():
+                    number = place[shard]
+                    if number is not None:
+                        sums.merge(self._inputs[shard][sharing[0]][1], partial(_read, path, file, known, number))
+        return results(list(made.values()), specs, wanted)
 
 
-def _read(file: Any, known: set[str], number: int, name: str) -> torch.Tensor | None:
+def _read(path: Path, file: Any, known: set[str], number: int, name: str) -> torch.Tensor | None:
     whole = f"{number}.{name}"
-    tensor: torch.Tensor | None = file.get_tensor(whole) if whole in known else None
+    if whole not in known:
+        return None
+    try:
+        tensor: torch.Tensor = file.get_tensor(whole)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: tensor {whole}: {error}; run the command again") from None
     return tensor
 
 

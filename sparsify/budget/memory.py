@@ -307,8 +307,11 @@ def activation_terms(
         terms.append(Term("tokens of a window in the type of the sums", counted))
     if plan.needs_gram or plan.aim != "own":
         tokens = -(-recipe.windows // SHARDS) * length
-        held = sum(each.n_in for each in sources(group)) * (1 if plan.aim == "own" else 2)
-        held += shapes.width if plan.aim == "residual" else 0
+        # Of experts each sees a share of the tokens; twice that, since they are not chosen evenly.
+        shares = ((1.0 if each.expert is None else min(2 * shapes.share, 1.0), each) for each in sources(group))
+        held = round(sum(share * each.n_in for share, each in shares)) * (1 if plan.aim == "own" else 2)
+        writers = sources(tuple(each for each in group if each.n_out == shapes.width and each.expert is None))
+        held += shapes.width * len(writers) if plan.aim == "residual" else 0
         terms.append(
             Term(f"inputs of a shard, {tokens} tokens x {held} channels x {compute} B", tokens * held * compute)
         )
