@@ -88,9 +88,10 @@ class Rest:
             folder / "config.json",
             portable_config(self.skeleton.config, getattr(self.skeleton.text_config, "rope_parameters", None)),
         )
-        copy_side_files(self.source.folder, folder)
+        # Before files of the model come that may be called alike.
         for path in [path for pattern in PASSING for path in folder.glob(pattern)]:
             path.unlink(missing_ok=True)
+        copy_side_files(self.source.folder, folder)
         self._join_orders()
 
     def _join_orders(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 
 from sparsify.errors import ModelError, NumericsError, SparsifyError
 from sparsify.files import sync_folder, temporary_beside, writing
+from sparsify.finite import all_finite
 from sparsify.model import Skeleton
 from sparsify.naming import Binding
 
@@ -31,6 +32,8 @@ SHARDS = 8
 def shards_of(n_windows: int) -> list[range]:
     """The windows of each shard of ``n_windows``: consecutive, and of nearly the same number."""
     n = min(SHARDS, n_windows)
+    if n < 1:
+        return []
     ends = [n_windows * i // n for i in range(n + 1)]
     return [range(a, b) for a, b in pairwise(ends)]
 
@@ -70,7 +73,8 @@ class HiddenFile:
                 if hasattr(os, "posix_fadvise"):
                     # The window after this one is read from disk while this one is computed with.
                     ahead = (i + 1) * layout.window_bytes
-                    os.posix_fadvise(file.fileno(), ahead, layout.window_bytes, os.POSIX_FADV_WILLNEED)
+                    with suppress(OSError):
+                        os.posix_fadvise(file.fileno(), ahead, layout.window_bytes, os.POSIX_FADV_WILLNEED)
                 buffer = bytearray(layout.window_bytes)
                 if file.readinto(buffer) != layout.window_bytes:
                     raise ModelError(f"{self.path}: truncated; pass --overwrite to start again")
@@ -235,7 +239,7 @@ def enter(
     def windows() -> Iterator[torch.Tensor]:
         for i, window in enumerate(ids):
             hidden = _record(recorder, base, window[None].to(device))
-            if not torch.isfinite(hidden).all():
+            if not all_finite(hidden):
                 channel = int((~torch.isfinite(hidden)).flatten(0, -2).any(dim=0).nonzero()[0])
                 raise NumericsError(f"the embeddings hold NaN or Inf in channel {channel} (window {i}); fix the model")
             if not _same(calls.arguments, recorder.arguments):

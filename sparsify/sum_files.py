@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from sparsify.checkpoint import open_shard
 from sparsify.errors import ModelError
 from sparsify.files import temporary_beside, writing
 from sparsify.stats import InputStats, Wanted
@@ -53,7 +52,7 @@ class SumFiles:
         self._paths = paths
         self._inputs: list[dict[Key, tuple[int, int]]] = []
         for path in paths:
-            with open_shard(path) as file:
+            with _open(path) as file:
                 try:
                     found = json.loads((file.metadata() or {})[_KEY])
                     self._inputs.append(
@@ -85,15 +84,27 @@ class SumFiles:
             if any(entries):
                 sums = made[place][1] if place in made else Accumulator(spec.in_features, device, wanted)
                 made.setdefault(place, ([], sums))[0].append(_key(spec))
+        for numbers in zip(*made, strict=True):
+            present = [number for number in numbers if number is not None]
+            if len(set(present)) < len(present):
+                name = next(iter(specs)).parameter
+                raise ModelError(f"{name}: shares its input with another linear in some calls only; exclude it")
         for shard, path in enumerate(self._paths):
             # One at a time: what is read of a file may stay in memory until it is closed.
-            with open_shard(path) as file:
+            with _open(path) as file:
                 known = set(file.keys())
                 for place, (sharing, sums) in made.items():
                     number = place[shard]
                     if number is not None:
                         sums.merge(self._inputs[shard][sharing[0]][1], partial(_read, path, file, known, number))
-        return results(list(made.values()), specs, wanted)
+        return results(list(made.values()), specs, wanted, device)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: not sums of this run ({error}); run the command again") from None
 
 
 def _read(path: Path, file: Any, known: set[str], number: int, name: str) -> torch.Tensor | None:

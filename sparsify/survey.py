@@ -99,8 +99,10 @@ class Survey:
 
     def _outputs(self, block: nn.Module, index: int, calls: Calls, states: HiddenStates) -> Iterator[torch.Tensor]:
         for hidden in states.windows(self.device):
-            yield calls.run(block, index, hidden)
+            output = calls.run(block, index, hidden)
+            # Before: nobody comes back for more than the windows.
             self.progress.advance()
+            yield output
 
 
 def allocated(survey: Survey, patterns: dict[str, Pattern], sparsity: Fraction) -> dict[str, Fraction]:

@@ -222,11 +222,15 @@ class Collector(Watcher):
 
     def result(self, specs: Sequence[LinearSpec]) -> dict[str, InputStats]:
         """As ``results``."""
-        return results(self.inputs(), specs, self._wanted)
+        device = self._accumulators[0].device if self._accumulators else "cpu"
+        return results(self.inputs(), specs, self._wanted, device)
 
 
 def results(
-    inputs: Sequence[tuple[Sequence[Key], Accumulator]], specs: Sequence[LinearSpec], wanted: Wanted
+    inputs: Sequence[tuple[Sequence[Key], Accumulator]],
+    specs: Sequence[LinearSpec],
+    wanted: Wanted,
+    device: torch.device | str,
 ) -> dict[str, InputStats]:
     """Statistics by linear name, one object for those that share an input.
 
@@ -236,7 +240,6 @@ def results(
         NumericsError: NaN or Inf in an input; names linear and channel.
     """
     of = {key: i for i, (sharing, _) in enumerate(inputs) for key in sharing}
-    device = inputs[0][1].device if inputs else "cpu"
     finished: dict[int, InputStats] = {}
     stats = {}
     for spec in specs:

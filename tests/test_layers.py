@@ -13,7 +13,7 @@ ROOT = Path(sparsify.__file__).parent
 RANKS = [
     {"sparsify", "sparsify.hooks", "sparsify.errors"},
     {"sparsify.types", "sparsify.files", "sparsify.progress", "sparsify.memory", "sparsify.extras", "sparsify.chunks"}
-    | {"sparsify.offload"}
+    | {"sparsify.offload", "sparsify.finite"}
     | {"sparsify.workers", "sparsify.process_memory"}
     | {f"sparsify.{part}" for part in ("processes", "metrics", "tally", "journal", "untrusted", "history", "status")},
     {"sparsify.methods", "sparsify.checkpoint", "sparsify.readahead"},

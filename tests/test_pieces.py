@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsify import manifest
+from sparsify.block import _bundled
 from sparsify.cluster.crew import Here
 from sparsify.cluster.graph import Graph
 from sparsify.cluster.job import Bench, Job
@@ -20,6 +21,7 @@ from sparsify.cluster.pipeline import Pipeline
 from sparsify.progress import Silent
 from sparsify.prune import _Run, prune
 from sparsify.recipe import Recipe
+from sparsify.types import LinearSpec
 from tests.test_prune import source, tree
 
 # Everything that a block's linears may have to do with each other.
@@ -84,7 +86,7 @@ def seven_windows(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", RECIPES)
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "phi3"])
 def test_pieces_in_any_order_give_the_bits_of_whole_blocks(
     kind: str,
     model_type: str,
@@ -98,6 +100,29 @@ def test_pieces_in_any_order_give_the_bits_of_whole_blocks(
     out = prune(model, how, tmp_path / "pieces")
     assert tree(out) == tree(whole)
     assert sum(name.startswith("sum ") for name in hired[0].did) >= 8
+
+
+@pytest.mark.parametrize("kind", ["orders recorded, shared", "groups, aims, orders folded"])
+def test_experts_that_the_first_window_does_not_reach_are_solved_as_in_one_process(
+    kind: str, random_models: Callable[[str], Path], shuffled: Callable[[int], list[Shuffled]], tmp_path: Path
+) -> None:
+    path = tmp_path / "ids.safetensors"
+    ids = torch.randint(3, 64, (11, 16), generator=torch.Generator().manual_seed(1))
+    ids[0] = 7
+    save_file({"ids": ids}, path)
+    how, model = Recipe(calibration=f"{path}:ids", **RECIPES[kind]), source(random_models("mixtral"))
+    whole = prune(model, how, tmp_path / "whole")
+    shuffled(2)
+    assert tree(prune(model, how, tmp_path / "pieces")) == tree(whole)
+
+
+def test_many_units_are_solved_in_few_bundles_of_neighbours() -> None:
+    for n in (0, 1, 8, 9, 50):
+        specs = [LinearSpec(f"{i}", f"{i}", 4, 4) for i in range(n)]
+        bundles = _bundled([[spec] for spec in specs])
+        assert [spec for bundle in bundles for spec in bundle] == specs
+        assert all(bundles)
+        assert len(bundles) == min(n, 8)
 
 
 def test_nothing_is_left_of_the_pieces(

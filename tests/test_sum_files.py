@@ -61,3 +61,19 @@ def test_damaged_sums_are_refused(content: bytes | None, tmp_path: Path) -> None
         path.write_bytes(content)
     with pytest.raises(ModelError, match=r"sums\.0\.0\.0: "):
         SumFiles([path])
+
+
+def test_inputs_that_are_shared_in_some_shards_only_are_refused(tmp_path: Path) -> None:
+    paths = []
+    for shard, keys in enumerate(
+        ([[("a.weight", None), ("b.weight", None)]], [[("a.weight", None)], [("b.weight", None)]])
+    ):
+        inputs = []
+        for sharing in keys:
+            sums = Accumulator(4)
+            sums.add(torch.ones(2, 4))
+            inputs.append((sharing, sums))
+        paths.append(tmp_path / f"{shard}")
+        write_sums(paths[-1], inputs)
+    with pytest.raises(ModelError, match="in some calls only"):
+        SumFiles(paths).statistics([linear("a", 4), linear("b", 4)], Wanted(), "cpu")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from sparsify.budget.shapes import Block, Linear, Shapes
-from sparsify.budget.working import WIDE, gram_bytes, parts_of, weight_bytes, working_bytes
+from sparsify.budget.working import derives, gram_bytes, parts_of, weight_bytes, working_bytes
 from sparsify.chunks import CHUNK_BYTES
 from sparsify.methods import Method
 from sparsify.recipe import Recipe
@@ -176,7 +176,9 @@ def _block_phases(
         ),
     )
     copy = [stored] if on_gpu or shapes.value_bytes != compute else []
-    yield Phase("writing a block", (weights, *copy, *(fused if block.fused else [])))
+    # What leaves the block is computed meanwhile.
+    passing = window_terms(shapes, block, recipe.length, compute) if plan.needs_data else []
+    yield Phase("writing a block", (weights, *copy, *(fused if block.fused else []), *passing))
     if not block.pruned:
         return
     twice = [Term(f"the dense block beside it, {block.n_values:,} x {compute} B", block.n_values * compute)]
@@ -193,7 +195,7 @@ def _block_phases(
         linear = max(group, key=lambda each: working_bytes(each, plan, shapes.width))
         size = round(working_bytes(linear, plan, shapes.width))
         what = f"solving {linear.kind} [{linear.n_out} x {linear.n_in}] by {parts_of(plan)}"
-        derived = min(size, gram_bytes(linear)) if plan.needs_gram and linear.n_in > WIDE else 0
+        derived = min(size, gram_bytes(linear)) if derives(linear, plan) else 0
         terms = [Term(what, size - derived)]
         if derived:
             terms.append(Term("and the matrix that it derives", derived, matrix_bytes=gram_bytes(linear)))
@@ -277,11 +279,8 @@ def _strips_bytes(group: tuple[Linear, ...], plan: Method) -> int:
     return sum(map(gram_bytes, sources(group))) if plan.needs_gram else 0
 
 
-def activation_terms(
-    shapes: Shapes, block: Block, group: tuple[Linear, ...], recipe: Recipe, compute: int, plan: Method
-) -> list[Term]:
-    """What passes over a shard hold: a window, the dense model's beside it, and inputs until they are summed."""
-    length = recipe.length
+def window_terms(shapes: Shapes, block: Block, length: int, compute: int) -> list[Term]:
+    """What a pass of one window of ``length`` tokens through a block holds."""
     # Experts run one after the other.
     once = {any_expert(linear.kind, linear): linear for linear in block.linears}
     through = sum(each.n_out for each in once.values()) * _COPIES_OF_OUTPUTS
@@ -297,6 +296,15 @@ def activation_terms(
     if shapes.eager:
         size = shapes.heads * length * length * 4 * _SCORE_COPIES
         terms.append(Term(f"scores of attention, {shapes.heads} x {length}^2 x {_SCORE_COPIES} x 4 B", size))
+    return terms
+
+
+def activation_terms(
+    shapes: Shapes, block: Block, group: tuple[Linear, ...], recipe: Recipe, compute: int, plan: Method
+) -> list[Term]:
+    """What passes over a shard hold: a window, the dense model's beside it, and inputs until they are summed."""
+    length = recipe.length
+    terms = window_terms(shapes, block, length, compute)
     widest = max(each.n_in for each in group)
     counted = length * widest * ((4 if compute < 4 else 0) + (24 if plan.needs_mean else 0))
     if plan.aim != "own":

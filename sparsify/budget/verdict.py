@@ -212,7 +212,8 @@ def _remedy(budget: Budget, free: Available) -> str:
     tried = None
     for text, other in _changes(budget):
         need = other.device_bytes if other.on_gpu else other.memory_bytes
-        if fits(other, free):
+        # Matrices in files need room there.
+        if fits(other, free) and (other.offload <= budget.offload or other.disk_bytes <= free.disk_bytes):
             return f"{text} needs {size(need)}"
         if tried is None or need < tried[0]:
             tried = need, text

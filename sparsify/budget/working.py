@@ -40,80 +40,82 @@ class Working:
 
 # ``solvers.quadratic.WIDE``, which cannot be had without torch; a test compares them.
 WIDE = 4096
+# Multiples of a Gram matrix above which a part holds one of its own.
+_WHOLE = 0.5
 # Measured by benchmarks/solver_memory.py (results/solver_memory.json), rounded up; tests/test_budget.py measures again.
 # Part -> for ordinary Gram matrices, and for wide ones.
 WORKING: dict[str, tuple[Working, Working]] = {
     "score=magnitude": (
-        Working(0, 1.3, chunks=3.5, left_weight=1.1),
-        Working(0, 1.3, chunks=3.5, left_weight=1.1),
+        Working(0, 1.8, chunks=2.9, left_weight=1.1),
+        Working(0, 1.8, chunks=2.9, left_weight=1.1),
     ),
     "score=wanda": (
-        Working(0, 1.8, chunks=3, left_weight=1.1),
-        Working(0, 1.8, chunks=3, left_weight=1.1),
+        Working(0, 1.8, chunks=2.9, left_weight=1.1),
+        Working(0, 1.8, chunks=2.9, left_weight=1.1),
     ),
     "score=ria": (
-        Working(0, 1.8, chunks=2.7, left_weight=1.1),
-        Working(0, 1.8, chunks=2.7, left_weight=1.1),
+        Working(0, 1.8, chunks=2.9, left_weight=1.1),
+        Working(0, 1.8, chunks=2.9, left_weight=1.1),
     ),
     "score=stochria": (
-        Working(0, 1.3, chunks=3.6, left_weight=1.1),
-        Working(0, 1.3, chunks=3.6, left_weight=1.1),
+        Working(0, 1.8, chunks=3.2, left_weight=1.1),
+        Working(0, 1.8, chunks=3.2, left_weight=1.1),
     ),
     "score=symwanda": (
-        Working(0, 1.7, chunks=4.2, left_weight=1.1),
-        Working(0, 1.7, chunks=4.2, left_weight=1.1),
+        Working(0, 2.9, chunks=3.1, left_weight=1.1),
+        Working(0, 2.9, chunks=3.1, left_weight=1.1),
     ),
     "refine=dsnot": (
-        Working(0, 8.3, chunks=0.3, left_weight=1.1),
-        Working(0, 8.3, chunks=0.3, left_weight=1.1),
+        Working(0, 9.4, chunks=0.4, left_weight=1.1),
+        Working(0, 9.4, chunks=0.4, left_weight=1.1),
     ),
     "refine=r2-dsnot": (
-        Working(0, 9.3, chunks=0.5, left_weight=1.1),
-        Working(0, 9.3, chunks=0.5, left_weight=1.1),
+        Working(0, 10.4, chunks=0.7, left_weight=1.1),
+        Working(0, 10.4, chunks=0.7, left_weight=1.1),
     ),
     "refine=swaps": (
-        Working(0, 0.6, chunks=18.6, left_weight=1.1),
-        Working(0, 0.6, chunks=18.8, left_weight=1.1),
+        Working(0, 0.7, chunks=18.7, left_weight=1.1),
+        Working(0, 0.7, chunks=18.5, left_weight=1.1),
     ),
     "solver=sparsegpt": (
-        Working(8.1, 1.6, left_gram=2.2, left_weight=1.1),
-        Working(0.9, 2.8, chunks=3.6, left_gram=1.1, left_weight=1.1),
+        Working(8.4, 0.3, left_gram=2.2, left_weight=1.1),
+        Working(1.1, 1.4, chunks=4.8, left_gram=1.1, left_weight=1.1),
     ),
     "solver=mrp": (
-        Working(5.1, 3.1, fixed_mib=376, left_gram=2.2, left_weight=1.1),
+        Working(5.1, 3, fixed_mib=377.6, left_gram=2.2, left_weight=1.1),
         Working(0.9, 3.5, fixed_mib=419.2, left_gram=1.1, left_weight=1.1),
     ),
     "solver=fista": (
-        Working(7.1, 5.4, left_gram=3.2, left_weight=1.1),
+        Working(7.1, 5.5, left_gram=3.2, left_weight=1.1),
         Working(1, 6.1, chunks=3.7, left_gram=1.1, left_weight=1.1),
     ),
     "solver=admm": (
-        Working(6, 1.8, chunks=4.3, left_gram=0.1, left_weight=1.1),
-        Working(0.8, 2.5, chunks=9.3, left_weight=1.1),
+        Working(6, 1.8, chunks=4.2, left_gram=0.1, left_weight=1.1),
+        Working(0.8, 2.5, chunks=8.9, left_gram=0.1, left_weight=1.1),
     ),
     "solver=alps": (
-        Working(8.9, 2.4, chunks=5.3, left_gram=2.2, left_weight=1.1),
-        Working(0.8, 3.2, chunks=11.8, left_gram=1.1, left_weight=1.1),
+        Working(9, 2.5, chunks=5.2, left_gram=2.2, left_weight=1.1),
+        Working(0.8, 3.2, chunks=12.1, left_gram=1.1, left_weight=1.1),
     ),
     "refit=cg": (
-        Working(3.4, 1.9, chunks=6.9, left_weight=1.1),
-        Working(1.1, 2.4, chunks=10, left_gram=1.1, left_weight=1.1),
+        Working(3.4, 1.9, chunks=7.1, left_weight=1.1),
+        Working(1.1, 2.4, chunks=9.8, left_gram=1.1, left_weight=1.1),
     ),
     "refit=exact": (
-        Working(1.1, 3.3, fixed_mib=400, left_weight=1.1),
-        Working(0.9, 3.5, fixed_mib=417.6, left_gram=1.1, left_weight=1.1),
+        Working(1, 3.3, fixed_mib=401.6, left_weight=1.1),
+        Working(0.9, 3.5, fixed_mib=422.4, left_gram=1.1, left_weight=1.1),
     ),
     "aim=residual": (
-        Working(4.3, 1.1, chunks=1.1, left_gram=2.2, left_weight=1.1),
-        Working(1.2, 1.1, chunks=3, left_gram=1.1, left_weight=1.1),
+        Working(4.3, 1.1, chunks=1.8, left_gram=2.2, left_weight=1.1),
+        Working(1.2, 1.1, chunks=3.3, left_gram=1.1, left_weight=1.1),
     ),
     "permute=by solver": (
-        Working(6, 2.5, left_gram=2.2),
-        Working(1.3, 3.2, chunks=2.6, left_gram=0.1, left_weight=0.1),
+        Working(6, 2.6, left_gram=2.2, left_weight=0.1),
+        Working(0.7, 3.2, chunks=2, left_gram=0.1, left_weight=0.1),
     ),
     "permute=by score": (
-        Working(0, 3, chunks=4.5, left_weight=0.1),
-        Working(0, 3, chunks=4.5, left_weight=0.1),
+        Working(0, 3, chunks=4.2, left_weight=0.1),
+        Working(0, 3, chunks=4.2, left_weight=0.1),
     ),
 }
 # Of what comes after these: rounding of the result and its error, in chunks that sums make twice as large.
@@ -151,6 +153,13 @@ def working_bytes(linear: Linear, plan: Method, width: int) -> float:
         kept += stage.left_weight * weight + (0 if wide else stage.left_gram * gram)
     # An expert that no token reaches is solved with a matrix of its own.
     return most + (gram if linear.expert is not None and plan.needs_gram else 0)
+
+
+def derives(linear: Linear, plan: Method) -> bool:
+    """Whether a matrix as large as the Gram matrix is derived from a wide one."""
+    aim = [] if plan.aim == "own" else [WORKING["aim=residual"][True]]
+    parts = [*aim, *(WORKING[f"{part}={value}"][True] for part, value in _solving(plan))]
+    return linear.n_in > WIDE and any(part.gram >= _WHOLE for part in parts)
 
 
 def _solving(plan: Method) -> list[tuple[str, str]]:

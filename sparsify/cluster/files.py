@@ -16,7 +16,7 @@ SUMS, PART = "sums.{}.{}.{}", "part.{}.{}"
 ORDERS = "orders.{}"
 SHARD = "model-{:05d}-of-{:05d}.safetensors"
 # What matches these is of no more use once the checkpoint is whole.
-PIECES = ("sums.*.*.*", "part.*.*")
+PIECES = ("sums.*.*.*", "part.*.*", "matrix.*.tmp")
 PASSING = ("hidden.*.*", "dense.*.*", "*.tmp", *PIECES)
 
 

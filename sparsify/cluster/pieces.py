@@ -210,15 +210,16 @@ class Pieces:
                 tensors = load_file(path)
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: not readable ({error}); run the command again") from None
-            for spec in bench.chosen[block]:
-                if f"{_WEIGHT}{spec.name}" not in tensors:
-                    continue
+            specs = [spec for spec in bench.chosen[block] if f"{_WEIGHT}{spec.name}" in tensors]
+            for spec in specs:
                 for kind in (_FOLDED, _RECORDED):
                     perm = tensors.get(f"{kind}{spec.name}")
                     if perm is not None:
                         orders[spec.name] = perm.long()
                         if kind == _FOLDED:
                             bench.pruner.reorder.again(block, spec, perm.long())
+            # Last: weights of a part are in the order that all of its folding has left them in.
+            for spec in specs:
                 weight = weight_view(bench.skeleton.model.get_parameter(spec.parameter), spec)
                 weight.copy_(tensors[f"{_WEIGHT}{spec.name}"])
         return orders

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -90,6 +91,7 @@ class Actor:
 
     def __init__(self, ray: Any, name: str, job: Job, memory_bytes: int | None = None) -> None:
         self.name, self._ray, self._threads = name, ray, job.threads
+        self._actor: Any = None
         wanted: dict[str, Any] = {"num_cpus": job.threads, "max_restarts": 0}
         if job.device == "cuda":
             wanted["num_gpus"] = 1
@@ -97,18 +99,19 @@ class Actor:
             wanted["memory"] = memory_bytes
         # Threads are counted when torch is imported.
         wanted["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(job.threads)}}
-        self._actor = ray.remote(_Remote).options(**wanted).remote(asdict(job))
+        self._make = partial(ray.remote(_Remote).options(**wanted).remote, asdict(job))
 
     def ready(self) -> None:
         """As ``Worker``."""
         try:
+            self._actor = self._make()
             where = self._ray.get(self._actor.ready.remote(), timeout=_PLACE_S)
         except self._ray.exceptions.GetTimeoutError as error:
             raise WorkerError(
                 f"{self.name}: no place on the cluster for {self._threads} CPUs within {_PLACE_S:g} s; use fewer "
                 "--workers"
             ) from error
-        except self._ray.exceptions.RayError as error:
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise WorkerError(f"{self.name}: {_reason(error)}") from error
         if "error" in where:
             raise _met(where)
@@ -117,6 +120,7 @@ class Actor:
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """As ``Worker``."""
         answer: dict[str, Any] | None = None
+        assert self._actor is not None
         try:
             for reference in self._actor.ask.remote(task.do, dict(task.arguments)):
                 found = self._ray.get(reference)
@@ -136,7 +140,8 @@ class Actor:
         """End it now: what it writes appears whole or not at all."""
         # Where the cluster is gone, so is the actor.
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
-            self._ray.kill(self._actor)
+            if self._actor is not None:
+                self._ray.kill(self._actor)
 
 
 class _Remote:

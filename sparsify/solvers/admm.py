@@ -13,6 +13,7 @@ import torch
 from sparsify.chunks import chunks
 from sparsify.errors import NumericsError
 from sparsify.masks import keep_by, keep_largest
+from sparsify.offload import zeros
 from sparsify.solvers.factor import factorise_, invert_, times_inverse_
 from sparsify.solvers.quadratic import Gram, Solution
 from sparsify.types import NofM, Pattern, Unstructured
@@ -89,7 +90,7 @@ def _inverse(
     gram: Gram, scale: torch.Tensor, dense: torch.Tensor, target: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Product with the inverse of the penalised system; ``target`` receives ``dense`` times the regularised matrix."""
-    regularised = gram.matrix / scale
+    regularised = torch.div(gram.matrix, scale, out=zeros(gram.n_in, gram.n_in, gram.matrix.device))
     regularised.div_(scale[:, None]).diagonal().add_(_REGULARISER)
     for rows in chunks(*dense.shape):
         target[rows] = dense[rows] @ regularised

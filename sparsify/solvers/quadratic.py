@@ -15,6 +15,7 @@ import torch
 
 from sparsify.chunks import chunks
 from sparsify.errors import NumericsError, SingularError
+from sparsify.finite import all_finite
 from sparsify.offload import zeros
 from sparsify.solvers.factor import factorise_, invert_, reorder_, times_inverse_
 
@@ -60,7 +61,7 @@ class Gram:
     """
 
     def __init__(self, matrix: torch.Tensor, n_tokens: int, damping: float = DAMPING) -> None:
-        if not all(bool(torch.isfinite(matrix[rows]).all()) for rows in chunks(*matrix.shape)):
+        if not all_finite(matrix):
             raise NumericsError("the Gram matrix of the inputs holds NaN or Inf; try --compute-dtype float32")
         self.matrix = matrix
         self.n_tokens = n_tokens
@@ -288,7 +289,8 @@ class Gram:
 
         ``in_place`` takes the storage of this one, which is of no more use.
         """
-        matrix = reorder_(self.matrix if in_place else self.matrix.clone(), perm)
+        own = self.matrix if in_place else zeros(self.n_in, self.n_in, self.matrix.device).copy_(self.matrix)
+        matrix = reorder_(own, perm)
         moved = Gram(matrix, self.n_tokens, self.damping)
         moved.damping_used = self.damping_used
         if self._diagonal is not None:
