@@ -145,7 +145,7 @@ def prune_command(
     out = required(out, "--out")
     with progress_bars() as progress:
         source = resolve(required(run.get("model"), "MODEL"))
-        announce(
+        worker_bytes = announce(
             source,
             settings,
             out,
@@ -166,6 +166,7 @@ def prune_command(
             workers=run.get("workers"),
             cluster=run.get("cluster"),
             offload=run.get("offload", False),
+            worker_bytes=worker_bytes,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
@@ -293,7 +294,7 @@ def prune_and_export_command(
     out = required(out, "--out")
     with progress_bars() as progress:
         source = resolve(required(run.get("model"), "MODEL"))
-        announce(
+        worker_bytes = announce(
             source,
             settings,
             out,
@@ -318,6 +319,7 @@ def prune_and_export_command(
             workers=run.get("workers"),
             cluster=run.get("cluster"),
             offload=run.get("offload", False),
+            worker_bytes=worker_bytes,
             options=export_options(run),
             trust_remote_code=trust_remote_code,
             progress=progress,

@@ -111,6 +111,7 @@ def prune_and_export(
     workers: int | None = None,
     cluster: str | None = None,
     offload: bool = False,
+    worker_bytes: int | None = None,
     options: Options | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -160,6 +161,7 @@ def prune_and_export(
                 workers=workers,
                 cluster=cluster,
                 offload=offload,
+                worker_bytes=worker_bytes,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )

@@ -56,6 +56,7 @@ def prune(
     workers: int | None = None,
     cluster: str | None = None,
     offload: bool = False,
+    worker_bytes: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -74,6 +75,7 @@ def prune(
             None is 1, or as many as a cluster has room for.
         cluster: where Ray runs them, see ``cluster.ray_workers``; None: on this machine, without Ray.
         offload: keep large matrices in files beside the output, which is slower, where memory does not suffice.
+        worker_bytes: of memory that each worker needs, for a cluster to set aside; None: it is not asked to.
         trust_remote_code: let the model's own code load.
         progress: receives stages and steps.
 
@@ -118,7 +120,7 @@ def prune(
             run.threads(workers if cluster in (None, "local") else None)
             with offloaded(staging.path if offload else None):
                 run.survey()
-            run.blocks(workers, cluster, trust_remote_code, offload)
+            run.blocks(run.job(trust_remote_code, offload), workers, cluster, worker_bytes)
             run.finish()
             journal.finish()
         staging.commit()
@@ -241,7 +243,8 @@ class _Run:
 
     # --- blocks ----------------------------------------------------------------------------------------------------
 
-    def _job(self, trust_remote_code: bool, offload: bool) -> Job:
+    def job(self, trust_remote_code: bool, offload: bool) -> Job:
+        """What any process needs to know for any task; after ``survey``."""
         residual = None
         if self.state["residual"] is not None:
             residual = self.state["residual"]["file"]
@@ -271,9 +274,8 @@ class _Run:
     def _begun(self, task: Task, worker: str) -> None:
         self.journal.worker(worker, task.do, task.arguments["block"])
 
-    def blocks(self, workers: int | None, cluster: str | None, trust_remote_code: bool, offload: bool) -> None:
+    def blocks(self, job: Job, workers: int | None, cluster: str | None, worker_bytes: int | None) -> None:
         """Prune every block that is not finished yet."""
-        job = self._job(trust_remote_code, offload)
         bench = Bench(job, self.journal, binding=self.binding)
         self.last, self.chosen = bench.last, bench.chosen
         weights = [sum(spec.n_weights for spec in specs) for specs in bench.chosen]
@@ -283,7 +285,7 @@ class _Run:
         # Of a run that was interrupted within a block.
         for pattern in PIECES:
             self._remove(pattern)
-        with crew_of(job, workers, cluster, self._begun, self._lost, self.journal.beat) as crew:
+        with crew_of(job, workers, cluster, worker_bytes, self._begun, self._lost, self.journal.beat) as crew:
             n = 1 if crew is None else len(crew)
             graph = self._graph(bench, n)
             if crew is None:

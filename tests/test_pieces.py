@@ -72,7 +72,9 @@ def shuffled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Shuffled]]
 
 def _crew(seed: int, hired: list[Shuffled]) -> Callable[..., AbstractContextManager[Shuffled]]:
     @contextmanager
-    def crew_of(job: Job, _workers: Any, _cluster: Any, begun: Callable[..., None], *_: Any) -> Iterator[Shuffled]:
+    def crew_of(
+        job: Job, _workers: Any, _cluster: Any, _bytes: Any, begun: Callable[..., None], *_: Any
+    ) -> Iterator[Shuffled]:
         hired.append(Shuffled(job, begun, seed))
         yield hired[-1]
 

@@ -130,8 +130,8 @@ def announce(
     enforce: bool = True,
     trust_remote_code: bool = False,
     progress: Progress,
-) -> None:
-    """Say what a run will need before it begins, and refuse one that cannot fit.
+) -> int:
+    """Say what a run will need before it begins, and refuse one that cannot fit; returns bytes of each worker.
 
     Work of less than a minute on the slowest machine is not timed.
 
@@ -173,3 +173,4 @@ def announce(
         raise BudgetError(f"{problems[0]}; or pass --no-budget to try all the same")
     for problem in problems:
         progress.notice(f"does not fit: {problem}")
+    return budget.phase_bytes(budget.largest)

@@ -12,13 +12,16 @@ from sparsify.cluster.job import Job
 
 
 @contextmanager
-def crew_of(job: Job, workers: int | None, cluster: str | None, *told: Callable[..., Any]) -> Iterator[Crew | None]:
+def crew_of(
+    job: Job, workers: int | None, cluster: str | None, worker_bytes: int | None, *told: Callable[..., Any]
+) -> Iterator[Crew | None]:
     """Other processes that do a run's tasks; None where this one does.
 
     Args:
         job: of the run.
         workers: how many are wanted; None: one, or as many as the cluster has room for.
         cluster: where Ray runs them (``ray_workers``); None: without Ray, on this machine.
+        worker_bytes: that the machines of a cluster set aside for each; None: they do not.
         told: ``Crew``'s ``begun``, ``lost`` and ``waits``.
 
     Raises:
@@ -39,5 +42,8 @@ def crew_of(job: Job, workers: int | None, cluster: str | None, *told: Callable[
             from sparsify.cluster.ray_workers import Actor, places_of, ray_cluster
 
             ray = stack.enter_context(ray_cluster(cluster, workers, job.threads))
-            hire = [partial(Actor, ray, f"worker {i}", job) for i in range(1, (workers or places_of(ray, job)) + 1)]
+            # On this machine alone memory was looked at before the run; Ray would count otherwise.
+            memory = None if cluster == "local" else worker_bytes
+            n = workers or places_of(ray, job)
+            hire = [partial(Actor, ray, f"worker {i}", job, memory) for i in range(1, n + 1)]
         yield stack.enter_context(Crew(hire, *told))

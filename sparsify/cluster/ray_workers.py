@@ -90,7 +90,8 @@ class Actor:
     """
 
     def __init__(self, ray: Any, name: str, job: Job, memory_bytes: int | None = None) -> None:
-        self.name, self._ray, self._threads = name, ray, job.threads
+        self.name, self._ray = name, ray
+        self._wanted = f"{job.threads} CPUs" + (f" and {memory_bytes / 1e9:.1f} GB of memory" if memory_bytes else "")
         self._actor: Any = None
         wanted: dict[str, Any] = {"num_cpus": job.threads, "max_restarts": 0}
         if job.device == "cuda":
@@ -108,8 +109,7 @@ class Actor:
             where = self._ray.get(self._actor.ready.remote(), timeout=_PLACE_S)
         except self._ray.exceptions.GetTimeoutError as error:
             raise WorkerError(
-                f"{self.name}: no place on the cluster for {self._threads} CPUs within {_PLACE_S:g} s; use fewer "
-                "--workers"
+                f"{self.name}: no place on the cluster for {self._wanted} within {_PLACE_S:g} s; use fewer --workers"
             ) from error
         except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise WorkerError(f"{self.name}: {_reason(error)}") from error
