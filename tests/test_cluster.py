@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -258,6 +259,16 @@ def is_actor(pid: int) -> bool:
         return False
 
 
-def test_a_cluster_that_is_not_there(deep: Path, ids_file: str, tmp_path: Path, ray: Any) -> None:
-    with pytest.raises(UsageError, match="--cluster auto: no Ray cluster there"):
-        prune(source(deep), recipe("no text", ids_file), tmp_path / "out", cluster="auto")
+def test_a_cluster_that_is_not_there(
+    deep: Path, ids_file: str, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the one that was there last, whose address Ray keeps in a file."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"127.0.0.1:{server.getsockname()[1]}"
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text(gone)
+    for address in ("auto", f"ray://{gone}"):
+        with pytest.raises(UsageError, match=f"--cluster {address}: no Ray cluster there .{gone} does not answer"):
+            prune(source(deep), recipe("no text", ids_file), tmp_path / "out", cluster=address)

@@ -6,11 +6,14 @@ Through Ray's object store go only small JSON values.
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -23,6 +26,8 @@ from sparsify.extras import require
 
 # Longest wait for a place on the cluster.
 _PLACE_S = 600.0
+# To see whether anybody is there.
+_CONNECT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -47,6 +52,12 @@ def ray_cluster(address: str, workers: int | None, threads: int) -> Iterator[Any
     if address == "local":
         options |= {"address": "local", "num_cpus": None if workers is None else workers * threads}
     else:
+        silent = _silent(address)
+        if silent:
+            raise UsageError(
+                f"--cluster {address}: no Ray cluster there ({silent} does not answer); start one with 'ray start "
+                "--head', or use --cluster local"
+            )
         options |= {"address": address}
         options.pop("include_dashboard")
     try:
@@ -69,6 +80,24 @@ def ray_cluster(address: str, workers: int | None, threads: int) -> Iterator[Any
             yield ray
     finally:
         ray.shutdown()
+
+
+def _silent(address: str) -> str | None:
+    """Host and port of the cluster if nobody listens there: Ray would try for minutes. None where that is not known."""
+    if address == "auto":
+        # Where it was when one was started here last, even if that has died.
+        noted = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/ray_current_cluster"
+        with contextlib.suppress(OSError):
+            address = noted.read_text(encoding="utf-8").strip()
+        address = os.environ.get("RAY_ADDRESS", address)
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        return None
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S):
+            return None
+    except OSError:
+        return f"{host}:{port}"
 
 
 def places_of(ray: Any, job: Job) -> int:
