@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from provenance import commit
+from provenance import commit, earlier
 
 from sparsify.bench.host import environment
 from sparsify.bench.spread import spread
@@ -95,12 +95,7 @@ def main() -> None:
         "commit": commit(),
         "arguments": {key: value for key, value in vars(options).items() if key not in ("out", "rounds")},
     }
-    samples: list[dict[str, Any]] = []
-    if options.out.exists():
-        before = json.loads(options.out.read_text(encoding="utf-8"))
-        if any(before[key] != record[key] for key in record):
-            raise SystemExit(f"{options.out}: is of another commit, or of other arguments; remove it")
-        samples = before["samples"]
+    samples: list[dict[str, Any]] = earlier(options.out, record).get("samples", [])
     includes = [arg for i in range(options.blocks) for arg in ("--include", f"*.layers.{i}.*")]
     first = len(samples) // len(options.ways)
     for number in range(first, first + options.rounds):

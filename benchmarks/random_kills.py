@@ -202,6 +202,15 @@ def row(i: int, record: Mapping[str, Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def faulty(records: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the runs that are not as they should be."""
+    return [
+        i + 1
+        for i, record in enumerate(records)
+        if not record["same_bits"] or record["blocks_redone"] or record["left_over"] or record["partial_left"]
+    ]
+
+
 def main() -> None:
     """All runs; table and records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,24 +254,21 @@ def main() -> None:
             record["same_bits"] = record.pop("digest") == wanted[method]
             records.append(record)
             print(row(i + 1, record), flush=True)
-    bad = [
-        i + 1
-        for i, record in enumerate(records)
-        if not record["same_bits"] or record["blocks_redone"] or record["left_over"] or record["partial_left"]
-    ]
-    if options.out:
-        result = {
-            "benchmark": "random_kills",
-            "commit": commit(),
-            "environment": environment(1),
-            "arguments": {key: value for key, value in vars(options).items() if key != "out"},
-            "model": {**WIDTH, "blocks": BLOCKS},
-            "undisturbed_s": {f"{method}, {way}": vars(timing) for (method, way), timing in timings.items()},
-            "ended_before_the_kill": early,
-            "runs": records,
-            "all_same": not bad,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if options.out:
+                # After each: what was seen is not lost where the next one hangs.
+                result = {
+                    "benchmark": "random_kills",
+                    "commit": commit(),
+                    "environment": environment(1),
+                    "arguments": {key: value for key, value in vars(options).items() if key != "out"},
+                    "model": {**WIDTH, "blocks": BLOCKS},
+                    "undisturbed_s": {f"{method}, {way}": vars(timing) for (method, way), timing in timings.items()},
+                    "ended_before_the_kill": early,
+                    "runs": records,
+                    "all_same": not faulty(records),
+                }
+                options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    bad = faulty(records)
     if bad:
         raise SystemExit(f"runs {bad} are not as they should be")
 

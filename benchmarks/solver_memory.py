@@ -135,7 +135,8 @@ def make_smaller(width: str) -> None:
     mrp._PANEL //= 8
     assert exact.exact.__kwdefaults__ is not None
     exact.exact.__kwdefaults__["budget"] //= SMALLER_BATCHES
-    quadratic.WIDE = 0 if width == "wide" else 1 << 30
+    solved: Any = quadratic
+    solved.WIDE = 0 if width == "wide" else 1 << 30
     modules: tuple[Any, ...] = (permute, mrp, swaps)
     for module in modules:
         if hasattr(module, "_BUDGET"):

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provenance import commit
+from provenance import commit, earlier
 
 from sparsify.bench.host import environment
 from sparsify.bench.spread import spread
@@ -281,12 +281,7 @@ def main() -> None:
         "commit": commit(),
         "arguments": {key: getattr(options, key) for key in keys},
     }
-    rounds: list[dict[str, Any]] = []
-    if options.out.exists():
-        before = json.loads(options.out.read_text(encoding="utf-8"))
-        if any(before[key] != record[key] for key in record):
-            raise SystemExit(f"{options.out}: is of another commit, or of other arguments; remove it")
-        rounds = before["rounds"]
+    rounds: list[dict[str, Any]] = earlier(options.out, record).get("rounds", [])
     for _ in range(options.rounds):
         for method in options.methods:
             n = sum(each["method"] == method for each in rounds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -107,7 +107,7 @@ class BlockPruner:
                 runs it anyway (of a method whose aim is not ``own``).
 
         Returns:
-            one record each, in their order; and the order of inputs [in] of those that were reordered.
+            one record each; and the order of inputs [in] of those that were reordered.
 
         Raises:
             ModelError: a linear that is never called.
@@ -126,31 +126,20 @@ class BlockPruner:
         for group in groups:
             last = group is groups[-1]
             with clock("statistics"):
-                stats = self._statistics(block, reference, index, group, streams, places, leave=write_dense and last)
+                collector = self.passes.collect(
+                    block, reference, index, group, streams, places, streams.shards, leave=write_dense and last
+                )
+                # Emptied while linears are solved: nothing else may hold what they are done with.
+                stats: dict[str, InputStats | None] = {**collector.result(group)}
+                del collector
+                self.passes.check(index, group, stats)
             if last:
                 reference = None
             with clock("solve"):
                 found, permuted = self.solve(index, group, stats)
             rows += found
             orders |= permuted
-        return in_order(rows, specs), orders
-
-    def _statistics(
-        self,
-        block: nn.Module,
-        reference: nn.Module | None,
-        index: int,
-        group: list[LinearSpec],
-        streams: Streams,
-        places: dict[str, str],
-        *,
-        leave: bool,
-    ) -> dict[str, InputStats | None]:
-        shards = streams.shards
-        collector = self.passes.collect(block, reference, index, group, streams, places, shards, leave=leave)
-        stats = collector.result(group)
-        self.passes.check(index, group, stats, {name: entry.n_tokens for name, entry in stats.items()})
-        return dict(stats)
+        return rows, orders
 
     def course(self, block: nn.Module, index: int, specs: list[LinearSpec], streams: Streams) -> Course:
         """How the dense ``block`` can be pruned by several processes; arguments as of ``prune``."""
@@ -209,9 +198,6 @@ class BlockPruner:
                 reorder_columns_(aim, folded)
             entry = None if entry is None else grams.reordered(entry, folded)
             gram = grams.of(entry, spec.name)
-        if gram is not None and self.plan.solver == "admm":
-            # It makes a matrix of its own; the one that targets are made with can be had again, at a third of the cost.
-            gram.release()
         perm, kind = placed.get(spec.name, (None, "no"))
         row = self._prune_linear(spec, aim, entry, gram, perm)
         if entry is not None:
@@ -301,8 +287,8 @@ class BlockPruner:
         moved = None if gram is None else gram.permuted(perm)
         if stats is not None:
             # One copy of the matrix is enough; a silent input's own is nothing but zeros.
-            lean = replace(stats, gram=None, drift=None, shift=None).permuted(perm)
-            stats = replace(lean, gram=stats.gram if moved is None or stats.silent else moved.matrix)
+            own = stats.gram if moved is None or stats.silent else moved.matrix
+            stats = replace(stats.permuted(perm), gram=own)
         outcome = prune_layer(
             aim[:, perm],
             stats,
@@ -319,12 +305,6 @@ def _bundled(units: list[list[LinearSpec]]) -> list[list[LinearSpec]]:
     """At most ``_UNITS`` of consecutive ones: experts are many, and each unit is a block that is read."""
     ends = [len(units) * i // _UNITS for i in range(_UNITS + 1)] if len(units) > _UNITS else range(len(units) + 1)
     return [[spec for unit in units[a:b] for spec in unit] for a, b in pairwise(ends)]
-
-
-def in_order(rows: Sequence[PrunedLinear], specs: Sequence[LinearSpec]) -> list[PrunedLinear]:
-    """``rows`` in the order of ``specs``."""
-    place = {spec.name: i for i, spec in enumerate(specs)}
-    return sorted(rows, key=lambda row: place[row.name])
 
 
 def _relative_error(dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None) -> float:

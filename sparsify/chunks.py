@@ -1,9 +1,18 @@
-"""Rows of a large matrix a few at a time, so that what is derived from them is never there for all at once."""
+"""What is large, and how it is cut: matrices into rows a few at a time, the calibration text into shards.
+
+None of it depends on what memory is free, since bits do on how sums are cut. Imports nothing: budgets count by it too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+# Inputs beyond which a Gram matrix is wide (``solvers.quadratic.Gram``): in float64, 28672 would take 6.6 GB a matrix.
+WIDE = 4096
+# Matrices from this size on can lie in files (``offload``).
+LARGE_BYTES = 1 << 28
+# Parts of the text that are summed by themselves, by one process or by several: what is summed does not depend on it.
+SHARDS = 8
 # Bytes of one float32 array of the rows of a chunk. A function of the shape alone, whatever memory is free: a product
 # with another number of rows may come out with other bits.
 CHUNK_BYTES = 1 << 26

@@ -18,54 +18,27 @@ from sparsify.inform import compiled_kernels, doctor_command, methods_command
 from sparsify.options import (
     AllowFallback,
     Bos,
-    Calibration,
-    Changes,
-    Cluster,
     Compress,
-    ComputeDtype,
     CudaGraphs,
     Dense,
-    Device,
     Engine,
-    EvalLength,
     EvalStride,
-    EvalText,
-    EvalWindows,
-    Exclude,
-    Group,
-    Include,
-    Inputs,
     Json,
     Kernel,
     Layout,
-    Length,
-    MethodName,
-    Model,
-    NoBudget,
-    Offload,
     Opset,
-    Out,
-    Override,
     Overwrite,
-    Pattern,
     Precision,
     Provider,
-    RecipeFile,
     RequireSparse,
-    Seed,
-    Target,
     TensorParallel,
     Trust,
     TrustEngine,
-    WindowCount,
-    Workers,
-    check_device,
     export_options,
-    merge_settings,
-    required,
 )
 from sparsify.plan_command import plan_command
 from sparsify.plan_memory_command import plan_memory_command
+from sparsify.prune_command import prune_and_export_command, prune_command
 from sparsify.report_command import report_command
 from sparsify.status_command import status_command
 from sparsify.tuning_command import tune_command
@@ -102,86 +75,7 @@ def _root(
 ) -> None: ...
 
 
-@app.command("prune")
-def prune_command(
-    model: Model = None,
-    out: Out = None,
-    pattern: Pattern = None,
-    method: MethodName = None,
-    group: Group = None,
-    changes: Changes = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    override: Override = None,
-    calibration: Calibration = None,
-    windows: WindowCount = None,
-    length: Length = None,
-    bos: Bos = None,
-    seed: Seed = None,
-    compute_dtype: ComputeDtype = None,
-    inputs: Inputs = None,
-    recipe: RecipeFile = None,
-    device: Device = None,
-    workers: Workers = None,
-    cluster: Cluster = None,
-    offload: Offload = False,
-    no_budget: NoBudget = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Prune MODEL into a checkpoint with a manifest. Interrupted, the same command resumes."""
-    settings, run = merge_settings(recipe, locals())
-    from sparsify import manifest
-    from sparsify.bench.report import size
-    from sparsify.budget.estimate import announce
-    from sparsify.console import print_json, print_line, progress_bars
-    from sparsify.files import read_json
-    from sparsify.prune import prune
-    from sparsify.source import resolve
-
-    device = run.get("device", "cpu")
-    check_device(device)
-    out = required(out, "--out")
-    with progress_bars() as progress:
-        source = resolve(required(run.get("model"), "MODEL"))
-        worker_bytes = announce(
-            source,
-            settings,
-            out,
-            device=device,
-            workers=run.get("workers"),
-            cluster=run.get("cluster"),
-            offload=run.get("offload", False),
-            enforce=not no_budget,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        prune(
-            source,
-            settings,
-            out,
-            overwrite=overwrite,
-            device=device,
-            workers=run.get("workers"),
-            cluster=run.get("cluster"),
-            offload=run.get("offload", False),
-            worker_bytes=worker_bytes,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    body, timing = manifest.read(out), read_json(out / manifest.RUN)
-    if json:
-        print_json(
-            {"out": str(out), **{key: body[key] for key in ("source", "recipe", "calibration", "coverage")}, **timing}
-        )
-        return
-    covered = body["coverage"]
-    print_line(
-        f"{out}: {settings.pattern} by {settings.method}, {covered['zeros'] / covered['selected']:.2%} of "
-        f"{covered['selected']:,} weights are zero ({covered['zero_share']:.1%} of the model); "
-        f"{timing['seconds']:.0f} s, peak memory {size(timing['peak_memory_bytes'])}"
-    )
+app.command("prune")(prune_command)
 
 
 @app.command("export")
@@ -240,96 +134,7 @@ def _cost(rounding: dict[str, Any] | None) -> str:
     )
 
 
-@app.command("prune-and-export")
-def prune_and_export_command(
-    model: Model = None,
-    out: Out = None,
-    target: Target = None,
-    pattern: Pattern = None,
-    method: MethodName = None,
-    group: Group = None,
-    changes: Changes = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    override: Override = None,
-    calibration: Calibration = None,
-    windows: WindowCount = None,
-    length: Length = None,
-    bos: Bos = None,
-    seed: Seed = None,
-    compute_dtype: ComputeDtype = None,
-    inputs: Inputs = None,
-    eval_text: EvalText = None,
-    eval_windows: EvalWindows = None,
-    eval_length: EvalLength = None,
-    eval_stride: EvalStride = None,
-    recipe: RecipeFile = None,
-    device: Device = None,
-    workers: Workers = None,
-    cluster: Cluster = None,
-    dense: Dense = False,
-    layout: Layout = None,
-    precision: Precision = None,
-    provider: Provider = None,
-    opset: Opset = None,
-    compress: Compress = False,
-    engine: Engine = None,
-    require_sparse: RequireSparse = False,
-    offload: Offload = False,
-    no_budget: NoBudget = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-    json: Json = False,
-) -> None:
-    """Prune MODEL, export it for each target, measure accuracy, and write report.md and report.json to --out."""
-    settings, run = merge_settings(recipe, locals())
-    from sparsify.bench.report import HEAD, rows, summary
-    from sparsify.budget.estimate import announce
-    from sparsify.console import print_json, print_line, print_table, progress_bars
-    from sparsify.pipeline import Evaluation, prune_and_export
-    from sparsify.source import resolve
-
-    device = run.get("device", "cpu")
-    check_device(device)
-    out = required(out, "--out")
-    with progress_bars() as progress:
-        source = resolve(required(run.get("model"), "MODEL"))
-        worker_bytes = announce(
-            source,
-            settings,
-            out,
-            device=device,
-            workers=run.get("workers"),
-            cluster=run.get("cluster"),
-            offload=run.get("offload", False),
-            enforce=not no_budget,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        report = prune_and_export(
-            source,
-            settings,
-            run.get("targets", ["hf"]),
-            out,
-            evaluation=Evaluation(
-                **{k.removeprefix("eval_"): v for k, v in run.items() if k.startswith("eval_")}, bos=settings.bos
-            ),
-            overwrite=overwrite,
-            device=device,
-            workers=run.get("workers"),
-            cluster=run.get("cluster"),
-            offload=run.get("offload", False),
-            worker_bytes=worker_bytes,
-            options=export_options(run),
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if json:
-        print_json(report)
-        return
-    print_line(summary(report))
-    print_table(HEAD, rows(report))
-    print_line(f"report: {out / 'report.md'} and {out / 'report.json'}")
+app.command("prune-and-export")(prune_and_export_command)
 
 
 @app.command("eval")

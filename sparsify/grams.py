@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from sparsify.offload import zeros
 from sparsify.solvers.factor import reorder_
 from sparsify.solvers.quadratic import Gram
 from sparsify.stats import InputStats
@@ -42,7 +43,7 @@ class Grams:
         if id(stats) not in self._made:
             matrix = stats.gram
             if stats.silent:
-                matrix = torch.eye(len(matrix), device=matrix.device)
+                matrix = zeros(len(matrix), len(matrix), matrix.device).fill_diagonal_(1)
             elif self.tell is not None and stats.n_tokens < _TOKENS_PER_CHANNEL * len(matrix):
                 wanted = -(-10 * len(matrix) // self.length)
                 self.tell(
@@ -78,7 +79,7 @@ class Grams:
         # A silent input's matrix is not the one that was collected.
         if stats.gram is not None and (made is None or made.matrix is not stats.gram):
             reorder_(stats.gram, perm)
-        moved = replace(replace(stats, gram=None, drift=None, shift=None).permuted(perm), gram=stats.gram)
+        moved = replace(stats.permuted(perm), gram=stats.gram)
         if after is not None:
             self._made[id(moved)] = moved, after
         return moved

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.chunks import SHARDS
 from sparsify.errors import ModelError, NumericsError, SparsifyError
 from sparsify.files import sync_folder, temporary_beside, writing
 from sparsify.finite import all_finite
 from sparsify.model import Skeleton
 from sparsify.naming import Binding
-
-# Parts of the text that are summed by themselves, by one process or by several: what is summed does not depend on it.
-SHARDS = 8
+from sparsify.readahead import advise
 
 
 def shards_of(n_windows: int) -> list[range]:
@@ -70,11 +69,8 @@ class HiddenFile:
         layout = self.layout
         with self.path.open("rb") as file:
             for i in range(layout.n_windows):
-                if hasattr(os, "posix_fadvise"):
-                    # The window after this one is read from disk while this one is computed with.
-                    ahead = (i + 1) * layout.window_bytes
-                    with suppress(OSError):
-                        os.posix_fadvise(file.fileno(), ahead, layout.window_bytes, os.POSIX_FADV_WILLNEED)
+                # The window after this one is read from disk while this one is computed with.
+                advise(file, (i + 1) * layout.window_bytes, layout.window_bytes)
                 buffer = bytearray(layout.window_bytes)
                 if file.readinto(buffer) != layout.window_bytes:
                     raise ModelError(f"{self.path}: truncated; pass --overwrite to start again")

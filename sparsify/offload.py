@@ -14,10 +14,8 @@ from pathlib import Path
 
 import torch
 
+from sparsify.chunks import LARGE_BYTES
 from sparsify.files import writing
-
-# Smaller ones stay in memory.
-LEAST_BYTES = 1 << 28
 
 _folder: Path | None = None
 
@@ -42,7 +40,7 @@ def zeros(n_rows: int, n_columns: int, device: torch.device | str) -> torch.Tens
         OutputError: the disk has no room for it.
     """
     n_bytes = 4 * n_rows * n_columns
-    if _folder is None or n_bytes < LEAST_BYTES or torch.device(device).type != "cpu":
+    if _folder is None or n_bytes < LARGE_BYTES or torch.device(device).type != "cpu":
         return torch.zeros(n_rows, n_columns, device=device)
     with writing(_folder), tempfile.NamedTemporaryFile(dir=_folder, prefix="matrix.", suffix=".tmp") as file:
         # All of it now: a page that finds the disk full later ends the process.

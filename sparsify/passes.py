@@ -173,19 +173,25 @@ class Passes:
         return collector
 
     def check(
-        self, index: int, specs: Sequence[LinearSpec], stats: Mapping[str, InputStats], n_tokens: Mapping[str, int]
+        self,
+        index: int,
+        specs: Sequence[LinearSpec],
+        stats: Mapping[str, InputStats | None],
+        n_tokens: Mapping[str, int] | None = None,
     ) -> None:
         """Look whether what was collected is what was asked for.
 
         Args:
             index: number of the block.
             specs: linears whose statistics were taken together.
-            stats: of some of them.
-            n_tokens: that reached each of them, by name.
+            stats: of all of them, or of some.
+            n_tokens: that reached each of them, by name; None: as ``stats`` has it.
 
         Raises:
             ModelError: a linear that is never called.
         """
+        found = [entry for entry in stats.values() if entry is not None]
+        n_tokens = n_tokens or {name: entry.n_tokens for name, entry in stats.items() if entry is not None}
         unseen = [spec for spec in specs if n_tokens[spec.name] == 0]
         # An expert may be routed to by no token; a module, or all experts at once, cannot.
         seen = {spec.parameter for spec in specs if n_tokens[spec.name]}
@@ -201,7 +207,7 @@ class Passes:
                 "their inputs count as equal (use more calibration text)"
             )
             self._tell(notice, f"unseen in {index}, {unseen[0].parameter}")
-        if self.wanted.drift and any(entry.drift is None and entry.n_tokens for entry in stats.values()):
+        if self.wanted.drift and any(entry.drift is None and entry.n_tokens for entry in found):
             self._tell(
                 f"aim {self.plan.aim}: experts are given other tokens in the dense model; their aim is own",
                 "aim of experts",

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 from sparsify.checkpoint import TensorInfo
 
@@ -19,8 +20,6 @@ def read_ahead(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
 
     What cannot be found or read is left to the read that follows, and to its errors.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
     by_file: dict[Path, list[str]] = {}
     for name in names:
         by_file.setdefault(tensors[name].file, []).append(name)
@@ -32,4 +31,11 @@ def read_ahead(tensors: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
             header = json.loads(file.read(size))
             for name in set(wanted) & header.keys():
                 start, end = header[name]["data_offsets"]
-                os.posix_fadvise(file.fileno(), 8 + size + start, end - start, os.POSIX_FADV_WILLNEED)
+                advise(file, 8 + size + start, end - start)
+
+
+def advise(file: IO[bytes], start: int, n_bytes: int) -> None:
+    """Begin to read ``n_bytes`` of an open file from ``start`` on, where the system can be asked to and agrees."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(file.fileno(), start, n_bytes, os.POSIX_FADV_WILLNEED)

@@ -63,15 +63,12 @@ class InputStats:
         return self.scatter / self.n_tokens
 
     def permuted(self, perm: torch.Tensor) -> InputStats:
-        """The sums of the inputs in the order ``perm``, in the dense model too."""
+        """The sums [in] of the inputs in the order ``perm``; its matrices are left to whoever can do without a copy."""
         return InputStats(
             self.sq_norm[perm],
             self.n_tokens,
             None if self.total is None else self.total[perm],
-            None if self.gram is None else self.gram[perm][:, perm],
-            None if self.drift is None else self.drift[perm][:, perm],
-            None if self.shift is None else self.shift[:, perm],
-            None if self.scatter is None else self.scatter[perm],
+            scatter=None if self.scatter is None else self.scatter[perm],
         )
 
 

@@ -145,6 +145,14 @@ def llama(random_models: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(random_models("llama"), tmp_path / "llama"))
 
 
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A llama of six blocks."""
+    config = CONFIGS["llama"]()
+    config.num_hidden_layers = 6
+    return save_random_model(tmp_path / "deep", config)
+
+
 @pytest.fixture(scope="session")
 def ids_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """``FILE:KEY`` of [4, 24] token ids below 64."""

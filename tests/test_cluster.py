@@ -23,7 +23,6 @@ from sparsify.process_memory import tree as processes
 from sparsify.prune import prune
 from sparsify.recipe import Recipe
 from sparsify.source import Source
-from tests import conftest
 from tests.fakes import Notices
 from tests.test_prune import source, tree
 
@@ -43,12 +42,10 @@ def recipe(kind: str, ids_file: str) -> Recipe:
     return Recipe(calibration=ids_file, **RECIPES[kind])
 
 
-@pytest.fixture
-def deep(tmp_path: Path) -> Path:
-    """A llama of six blocks."""
-    config = conftest.CONFIGS["llama"]()
-    config.num_hidden_layers = 6
-    return conftest.save_random_model(tmp_path / "deep", config)
+# Ray's own, of what it leaves open and of what it will change.
+ray_warnings = pytest.mark.filterwarnings(
+    "ignore:.*:ResourceWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning"
+)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +211,7 @@ def ray() -> Iterator[Any]:
     module.shutdown()
 
 
-@pytest.mark.filterwarnings("ignore:.*:ResourceWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+@ray_warnings
 @pytest.mark.parametrize("kind", ["dense inputs", pytest.param("pruned inputs", marks=pytest.mark.slow)])
 def test_ray_gives_the_bits_of_one_process(kind: str, deep: Path, ids_file: str, tmp_path: Path, ray: Any) -> None:
     one = prune(source(deep), recipe(kind, ids_file), tmp_path / "one")
@@ -225,7 +222,7 @@ def test_ray_gives_the_bits_of_one_process(kind: str, deep: Path, ids_file: str,
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*:ResourceWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning")
+@ray_warnings
 def test_actors_that_die_cost_their_task_only(deep: Path, ids_file: str, tmp_path: Path, ray: Any) -> None:
     whole = prune(source(deep), recipe("dense inputs", ids_file), tmp_path / "whole")
     told, over = Notices(), threading.Event()

@@ -23,22 +23,9 @@ from sparsify.errors import NumericsError, OutputError
 from sparsify.process_memory import tree as processes
 from sparsify.prune import prune
 from sparsify.status import Status, status
-from tests import conftest
 from tests.fakes import Notices
-from tests.test_cluster import is_worker, recipe
+from tests.test_cluster import is_worker, ray_warnings, recipe
 from tests.test_prune import source, tree
-
-ray_warnings = pytest.mark.filterwarnings(
-    "ignore:.*:ResourceWarning", "ignore:.*:FutureWarning", "ignore:.*:DeprecationWarning"
-)
-
-
-@pytest.fixture
-def deep(tmp_path: Path) -> Path:
-    """A llama of six blocks."""
-    config = conftest.CONFIGS["llama"]()
-    config.num_hidden_layers = 6
-    return conftest.save_random_model(tmp_path / "deep", config)
 
 
 def blocks_of(out: Path) -> set[str]:

@@ -96,7 +96,7 @@ RANKS = [
     {"sparsify.baselines"},
     {"sparsify.bench_command"},
     {"sparsify.inform", "sparsify.artifacts", "sparsify.tuning_command", "sparsify.plan_command"}
-    | {"sparsify.plan_memory_command"}
+    | {"sparsify.plan_memory_command", "sparsify.prune_command"}
     | {"sparsify.gate_command", "sparsify.report_command", "sparsify.status_command"},
     {"sparsify.cli"},
     {"sparsify.__main__"},

@@ -68,7 +68,14 @@ def test_a_target_follows_an_order_of_the_inputs(seed: int, aim: str) -> None:
     if aim == "dense":
         stats = replace(stats, shift=None)
     perm = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
-    after = stats.permuted(perm)
+    assert stats.gram is not None
+    assert stats.drift is not None
+    after = replace(
+        stats.permuted(perm),
+        gram=stats.gram[perm][:, perm],
+        drift=stats.drift[perm][:, perm],
+        shift=None if stats.shift is None else stats.shift[:, perm],
+    )
     moved, kind = pull(weight, stats, plan)
     assert kind == aim
     made = reorder_columns_(target(weight, Grams(0.01).of(stats, "x"), moved), perm)

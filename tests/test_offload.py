@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return original(name, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch, "from_file", from_file)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LARGE_BYTES", 1)
     return made
 
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 
 from sparsify.budget.shapes import Block, Linear, Shapes
 from sparsify.budget.working import derives, gram_bytes, parts_of, weight_bytes, working_bytes
-from sparsify.chunks import CHUNK_BYTES
+from sparsify.chunks import CHUNK_BYTES, LARGE_BYTES, SHARDS
 from sparsify.methods import Method
 from sparsify.recipe import Recipe
 
 _MIB = 1 << 20
 
-# ``sparsify.hidden``'s and ``sparsify.offload``'s, which cannot be had without torch; a test compares them.
-SHARDS, LEAST_BYTES = 8, 1 << 28
 # Code and buffers of the libraries that the first products bring in, beside what they hold once imported.
 _LIBRARY_BYTES = 128 * _MIB
 # Of a tokenizer, for each of its tokens, with the text it cuts.
@@ -43,14 +41,14 @@ class Term:
     """A part of a sum: ``what`` it is, in words with the sizes that are multiplied, and ``n_bytes``.
 
     ``on_device`` tells memory of the device from that of the host, where they are two. What is ``in_file`` is in memory
-    as far as there is room (``sparsify.offload``), which needs matrices of ``matrix_bytes`` each.
+    as far as there is room (``sparsify.offload``), as all that is ``large`` can be.
     """
 
     what: str
     n_bytes: int
     on_device: bool = True
     in_file: bool = False
-    matrix_bytes: int = 0
+    large: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def phases(
     for block in shapes.blocks:
         found += _block_phases(shapes, block, recipe, compute, on_gpu, workers)
     if offload and not on_gpu:
-        found = [replace(phase, terms=tuple(map(_in_file, phase.terms))) for phase in found]
+        found = [replace(phase, terms=tuple(replace(t, in_file=t.large) for t in phase.terms)) for phase in found]
     largest = shapes.outside_largest
     outside = shapes.outside * shapes.value_bytes
     held = max(largest * shapes.value_bytes, min(outside, _COPY_BYTES))
@@ -112,10 +110,6 @@ def phases(
         )
     )
     return found
-
-
-def _in_file(term: Term) -> Term:
-    return replace(term, in_file=term.matrix_bytes >= LEAST_BYTES)
 
 
 def _reading_text(shapes: Shapes, recipe: Recipe, text_bytes: int) -> Phase:
@@ -198,7 +192,7 @@ def _block_phases(
         derived = min(size, gram_bytes(linear)) if derives(linear, plan) else 0
         terms = [Term(what, size - derived)]
         if derived:
-            terms.append(Term("and the matrix that it derives", derived, matrix_bytes=gram_bytes(linear)))
+            terms.append(Term("and the matrix that it derives", derived, large=gram_bytes(linear) >= LARGE_BYTES))
         # Nothing is compared with the dense block once the last group's statistics are taken.
         without = held[:1] if group is groups[-1][1] else held
         if plan.aim != "own" and len(group) == 1:
@@ -269,8 +263,8 @@ def statistics_terms(shapes: Shapes, group: tuple[Linear, ...], plan: Method) ->
 def _by_size(what: str, sizes: Iterable[int]) -> list[Term]:
     """Matrices that can lie in files, and those that cannot."""
     sizes = list(sizes)
-    large, rest = [size for size in sizes if size >= LEAST_BYTES], [size for size in sizes if size < LEAST_BYTES]
-    found = [Term(what, sum(part), matrix_bytes=min(part)) for part in (large, rest) if part]
+    large = sum(size for size in sizes if size >= LARGE_BYTES)
+    found = [Term(what, n_bytes, large=n_bytes == large) for n_bytes in (large, sum(sizes) - large) if n_bytes]
     return found or [Term(what, 0)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sparsify.budget.shapes import Linear
-from sparsify.chunks import CHUNK_BYTES
+from sparsify.chunks import CHUNK_BYTES, WIDE
 from sparsify.methods import Method
 
 _MIB = 1 << 20
@@ -38,8 +38,6 @@ class Working:
         return self.gram * gram + self.weight * weight + pieces
 
 
-# ``solvers.quadratic.WIDE``, which cannot be had without torch; a test compares them.
-WIDE = 4096
 # Multiples of a Gram matrix above which a part holds one of its own.
 _WHOLE = 0.5
 # Measured by benchmarks/solver_memory.py (results/solver_memory.json), rounded up; tests/test_budget.py measures again.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsify.chunks import chunks
+from sparsify.chunks import WIDE, chunks
 from sparsify.errors import NumericsError, SingularError
 from sparsify.finite import all_finite
 from sparsify.offload import zeros
@@ -21,8 +21,6 @@ from sparsify.solvers.factor import factorise_, invert_, reorder_, times_inverse
 
 # Share of the mean diagonal that is added to it before factorising (SparseGPT's default, and everybody's since).
 DAMPING = 0.01
-# Inputs beyond which a Gram matrix is ``wide``, see there: in float64, 28672 would take 6.6 GB a matrix.
-WIDE = 4096
 # Tenfold steps of damping before a Gram matrix that will not factorise is given up.
 _STEPS = 6
 
