@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -243,16 +244,20 @@ def serve(handlers: Callable[[Say], Handlers]) -> None:
     """Answer requests from standard input until it ends, on the descriptor that is this process's first argument.
 
     Args:
-        handlers: given a function that sends an answer at once, what is done for each request: an iterator of answers.
+        handlers: given a function that sends an answer at once, from any thread, what is done for each request: an
+            iterator of answers.
     """
     end_with_parent()
     answers = int(sys.argv[1])
     os.set_inheritable(answers, False)
 
+    one = threading.Lock()
+
     def say(**what: Any) -> None:
         data = memoryview(json.dumps(what).encode() + b"\n")
-        while data:
-            data = data[os.write(answers, data) :]
+        with one:
+            while data:
+                data = data[os.write(answers, data) :]
 
     known = handlers(lambda **found: say(found=found))
     for line in sys.stdin:

@@ -124,6 +124,31 @@ def test_a_worker_that_stands_still_is_seen_and_the_others_go_on(
     assert not any(line["event"] == "lost" for line in told)
 
 
+def test_a_worker_that_stands_still_for_long_is_ended_and_another_does_its_task(
+    deep: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how, out = recipe("no text", ids_file), tmp_path / "out"
+    whole = prune(source(deep), how, tmp_path / "whole")
+    # Tasks of this model take far less.
+    monkeypatch.setattr("sparsify.cluster.crew.SILENT_S", 10.0)
+    stopped: list[int] = []
+    ask = Process.ask
+
+    def stopping(self: Process, *rest: Any) -> dict[str, Any]:
+        if not stopped:
+            stopped.append(self.pid)
+            os.kill(self.pid, signal.SIGSTOP)
+        return ask(self, *rest)
+
+    monkeypatch.setattr(Process, "ask", stopping)
+    prune(source(deep), how, out, workers=2)
+    assert not Path(f"/proc/{stopped[0]}").exists()
+    assert tree(out) == tree(whole)
+    told = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    (lost,) = (line for line in told if line["event"] == "lost")
+    assert "no sign of life for 10 s" in lost["error"]
+
+
 def seen(found: Status, name: str) -> dict[str, Any]:
     return next(worker for worker in found.workers if worker["name"] == name)
 

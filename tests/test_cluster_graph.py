@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify.cluster.beats import beating
 from sparsify.cluster.crew import Crew, Event, Here, work_alone
 from sparsify.cluster.graph import Graph, Task
 from sparsify.cluster.plan import Inputs, inputs_wanted, run_graph
@@ -126,6 +127,8 @@ class Fake:
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         event({"advance": 1})
         return {"value": self._script(task)}
+
+    def kill(self) -> None: ...
 
     def close(self) -> None:
         self._closed.append(self.name)
@@ -291,6 +294,42 @@ def test_a_place_is_given_up_where_no_worker_lives_and_the_run_where_none_does()
     # One task is ready: there is one worker too few, and then another.
     assert starts == [3, 6]
     assert [again for *_, again in lost] == [True] * 5 + [False]
+
+
+def test_a_worker_that_shows_no_sign_of_life_is_ended_and_its_task_done_by_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sparsify.cluster.crew._WAIT_S", 0.05)
+    monkeypatch.setattr("sparsify.cluster.crew.SILENT_S", 0.4)
+    monkeypatch.setattr("sparsify.cluster.beats.BEAT_S", 0.02)
+    ended, kills, lost = threading.Event(), set[str](), list[str]()
+
+    class Still(Fake):
+        def ask(self, task: Task, event: Event) -> dict[str, Any]:
+            if task.name == "fan 0" and not ended.is_set():
+                assert ended.wait(60)
+                raise WorkerError("killed by SIGKILL")
+            with beating(lambda: event({})):
+                return super().ask(task, event)
+
+        def kill(self) -> None:
+            kills.add(self.name)
+            ended.set()
+
+    def slow(task: Task) -> None:
+        # It takes as long as the other, but is heard of.
+        assert task.name != "2" or ended.wait(60)
+
+    seen: list[str] = []
+    crew = Crew(
+        [lambda: Still("one", slow, []), lambda: Still("two", slow, [])],
+        lost=lambda task, worker, error, n, again: lost.append(f"{task.name} {n}, {error}"),
+    )
+    with crew:
+        crew.work(chain_and_fan(), lambda task, *_: seen.append(task.name), lambda *_: None)
+    assert len(seen) == len(set(seen)) == 9
+    (silent,) = kills
+    assert lost == [f"fan 0 1, {silent}: it showed no sign of life for 0.4 s and was ended"]
 
 
 def test_an_interruption_ends_the_workers() -> None:

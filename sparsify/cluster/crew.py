@@ -1,11 +1,12 @@
 """The tasks of a graph, given out to workers as they become free; a worker that dies costs the task it had, no more.
 
 Only who is there is given a task: where nobody can be had any more, as for the machine that a cluster has lost, nothing
-waits but that place.
+waits but that place. One that shows no sign of life for long (``beats``) is ended.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -13,6 +14,7 @@ from functools import partial
 from threading import Lock
 from typing import Any, Protocol
 
+from sparsify.cluster.beats import SILENT_S, beating
 from sparsify.cluster.graph import Graph, Task
 from sparsify.errors import SparsifyError, WorkerError
 
@@ -46,7 +48,9 @@ class Worker(Protocol):
         ...
 
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
-        """Do ``task`` and return its answer; ``event`` receives ``advance`` (steps) and ``notice`` (text) on the way.
+        """Do ``task`` and return its answer.
+
+        On the way ``event`` receives ``advance`` (steps), ``notice`` (text), or neither as a sign of life.
 
         Raises:
             WorkerError: the worker is gone.
@@ -54,8 +58,12 @@ class Worker(Protocol):
         """
         ...
 
+    def kill(self) -> None:
+        """End it, whatever it does; called from another thread, where ``ask`` then raises ``WorkerError``."""
+        ...
+
     def close(self) -> None:
-        """End it, whatever it does."""
+        """End it, and free what it had here."""
         ...
 
 
@@ -76,7 +84,11 @@ class Here:
 
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """As ``Worker``; progress is reported by the handlers themselves."""
-        return self._handlers[task.do](**task.arguments)
+        with beating(lambda: event({})):
+            return self._handlers[task.do](**task.arguments)
+
+    def kill(self) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         """Nothing: it goes on."""
@@ -121,6 +133,8 @@ class Crew:
         self._coming: dict[Future[Any], tuple[int, Task]] = {}
         # Workers in a row that did not come.
         self._refused = [0] * len(hire)
+        # Seconds without a sign of life from those at work.
+        self._silence = [0.0] * len(hire)
         self._lock, self._closed = Lock(), False
         # Not of one call of ``work``: a process may be told to end with the thread that started it.
         self._threads = ThreadPoolExecutor(len(hire))
@@ -176,10 +190,16 @@ class Crew:
                     task, place = waiting.pop(0), self._free.pop(0)
                     graph.take(task)
                     worker = self._workers[place]
-                    running[self._threads.submit(self._do, worker, task, tell)] = task, place, worker
+                    self._silence[place] = 0.0
+                    running[self._threads.submit(self._do, place, worker, task, tell)] = task, place, worker
                 self._call(waiting)
                 self._waits()
-                for future in wait({*running, *self._coming}, timeout=_WAIT_S, return_when=FIRST_COMPLETED).done:
+                began = time.monotonic()
+                ended = wait({*running, *self._coming}, timeout=_WAIT_S, return_when=FIRST_COMPLETED).done
+                # No more than was waited for: this process may have been stopped together with its workers.
+                waited = min(time.monotonic() - began, _WAIT_S)
+                self._give_up([(place, worker) for _, place, worker in running.values()], waited)
+                for future in ended:
                     if future in self._coming:
                         refusal = self._come(future)
                         failed = failed or refusal
@@ -187,7 +207,8 @@ class Crew:
                     task, place, worker = running.pop(future)
                     try:
                         answer = future.result()
-                    except WorkerError as error:
+                    except WorkerError as met:
+                        error = self._why(place, worker, met)
                         self._leave(place, worker)
                         attempts[task.name] = attempts.get(task.name, 0) + 1
                         again = attempts[task.name] < _ATTEMPTS and failed is None
@@ -213,9 +234,26 @@ class Crew:
         if failed is not None:
             raise failed
 
-    def _do(self, worker: Worker, task: Task, tell: Told) -> dict[str, Any]:
+    def _do(self, place: int, worker: Worker, task: Task, tell: Told) -> dict[str, Any]:
+        def heard(what: dict[str, Any]) -> None:
+            self._silence[place] = 0.0
+            tell(worker.name, what)
+
         self._begun(task, worker.name)
-        return worker.ask(task, partial(tell, worker.name))
+        return worker.ask(task, heard)
+
+    def _give_up(self, working: Sequence[tuple[int, Worker]], waited: float) -> None:
+        """End those at work that nothing was heard of for long."""
+        for place, worker in working:
+            self._silence[place] += waited
+            if self._silence[place] > SILENT_S:
+                with suppress(SparsifyError, OSError):
+                    worker.kill()
+
+    def _why(self, place: int, worker: Worker, error: WorkerError) -> WorkerError:
+        if self._silence[place] <= SILENT_S:
+            return error
+        return WorkerError(f"{worker.name}: it showed no sign of life for {SILENT_S:g} s and was ended")
 
     def _call(self, tasks: Sequence[Task]) -> None:
         """Have workers come for ``tasks`` where there are none, besides those that are on their way."""

@@ -55,8 +55,12 @@ class Process:
                 event(found)
         return answer
 
+    def kill(self) -> None:
+        """As ``Worker``: what it writes appears whole or not at all."""
+        self._process.kill()
+
     def close(self) -> None:
-        """End it now: what it writes appears whole or not at all."""
+        """As ``Worker``."""
         self._process.kill()
         self._process.close()
 

@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from sparsify import errors
+from sparsify.cluster.beats import beating
 from sparsify.cluster.crew import Event
 from sparsify.cluster.graph import Task
 from sparsify.cluster.job import Job
@@ -166,7 +167,11 @@ class Actor:
         return answer
 
     def close(self) -> None:
-        """End it now: what it writes appears whole or not at all."""
+        """As ``Worker``."""
+        self.kill()
+
+    def kill(self) -> None:
+        """As ``Worker``: what it writes appears whole or not at all."""
         # Where the cluster is gone, so is the actor.
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
             if self._actor is not None:
@@ -201,8 +206,13 @@ class _Remote:
     def ask(self, do: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Do a task in a thread, and pass on what it says meanwhile."""
 
+        def answer() -> None:
+            with beating(lambda: self._said.put({})):
+                found = self._known[do](**arguments)
+            self._said.put({"answer": found})
+
         def work() -> None:
-            error = self._try(lambda: self._said.put({"answer": self._known[do](**arguments)}))
+            error = self._try(answer)
             if error is not None:
                 self._said.put(error)
             self._said.put(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from sparsify.cluster.beats import beating
 from sparsify.cluster.job import Bench, Job
 from sparsify.cluster.pieces import handlers_of
 from sparsify.workers import Handlers, Say, serve
@@ -37,7 +38,9 @@ def handlers(say: Say) -> Handlers:
         yield {"open": True}
 
     def task(name: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        yield {"answer": known[name](**arguments)}
+        with beating(say):
+            answer = known[name](**arguments)
+        yield {"answer": answer}
 
     return {"open": open_, "task": task}
 

@@ -6,8 +6,8 @@ from statistics import median
 from typing import Any
 
 from sparsify.bench.records import Record, Records
+from sparsify.bench.latency import statistics
 from sparsify.bench.spread import Comparison, median_interval
-from sparsify.bench.spread import spread as spread_of
 from sparsify.report import unexplained, wording
 from sparsify.report.pairs import MEASURES, Measure, Pair, comparison, pairs, samples, why_not
 
@@ -80,15 +80,7 @@ def _statistics(record: Record) -> dict[str, Any]:
     rounds = [each for each in record["rounds"] if not each["again"]]
     if len(rounds) == len(record["rounds"]) or not rounds:
         return dict(record["statistics"])
-    tokens = record["scenario"]["batch"] * record["scenario"]["new_tokens"]
-    # Rows that come together are one sample, as in the records.
-    gaps = [gap for each in rounds for row in dict.fromkeys(map(tuple, each["gaps_s"])) for gap in row]
-    return {
-        "ttft_s": spread_of([value for each in rounds for value in dict.fromkeys(each["ttft_s"])]),
-        "tpot_s": spread_of(gaps) if gaps else None,
-        "total_s": spread_of([each["total_s"] for each in rounds]),
-        "tokens_per_s": spread_of([tokens / each["total_s"] for each in rounds]),
-    }
+    return statistics(rounds, record["scenario"]["batch"] * record["scenario"]["new_tokens"])
 
 
 def _roof_ratio(pair: Pair, measure: Measure) -> float | None:
