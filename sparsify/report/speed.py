@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from sparsify.bench.records import Record, Records
 from sparsify.bench.latency import statistics
+from sparsify.bench.records import Record, Records
 from sparsify.bench.spread import Comparison, median_interval
 from sparsify.report import unexplained, wording
 from sparsify.report.pairs import MEASURES, Measure, Pair, comparison, pairs, samples, why_not
