@@ -28,17 +28,24 @@ def wanda(weight: torch.Tensor, stats: InputStats) -> torch.Tensor:
     return weight.float().abs() * stats.rms
 
 
-def relative_importance(weight: torch.Tensor) -> torch.Tensor:
+def column_masses(weight: torch.Tensor) -> torch.Tensor:
+    """sum_i |W_ij|, float32 [1, in]."""
+    return weight.abs().sum(dim=0, keepdim=True, dtype=torch.float32)
+
+
+def relative_importance(weight: torch.Tensor, columns: torch.Tensor | None = None) -> torch.Tensor:
     """RI_ij = |W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|, float32 [out, in].
 
     Sums to (columns with mass) + (rows with mass). A row or column without mass contributes 0, where the plain
-    formula would be 0/0 and a NaN would be kept as if it were the largest score.
+    formula would be 0/0 and a NaN would be kept as if it were the largest score. Where ``weight`` is some rows of a
+    matrix, ``columns`` are the ``column_masses`` of that; None: its own.
 
     Reference: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
     ICLR 2024, the first factor of eq. 3.
     """
+    if columns is None:
+        columns = column_masses(weight)
     mass = weight.float().abs()
-    columns = mass.sum(dim=0, keepdim=True)
     rows = mass.sum(dim=1, keepdim=True)
     # In place from here: a 28k x 8k layer is 0.9 GB, and every temporary counts.
     score = mass / columns.masked_fill(columns == 0, 1)

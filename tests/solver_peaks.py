@@ -17,12 +17,14 @@ from sparsify.masks import keep_mask
 from sparsify.solvers import factor, mrp, quadratic, swaps
 from sparsify.solvers.admm import admm
 from sparsify.solvers.alps import alps
+from sparsify.solvers.dsnot import dsnot
 from sparsify.solvers.exact import exact
 from sparsify.solvers.fista import fista
 from sparsify.solvers.quadratic import Gram, relative_error
 from sparsify.solvers.refit import refit
 from sparsify.solvers.sparsegpt import sparsegpt
 from sparsify.solvers.targets import correction, retarget_
+from sparsify.stats import InputStats
 from sparsify.types import parse_pattern
 
 
@@ -46,6 +48,10 @@ def main(n_out: int, n_in: int, text: str) -> None:
         weight = torch.randn(n_rows, width, generator=generator)
         return x.t() @ x, weight, keep_mask(weight.abs(), pattern)
 
+    def stats_of(w: torch.Tensor) -> InputStats:
+        one = torch.ones(w.shape[1])
+        return InputStats(one, 9, one, scatter=one)
+
     def cases(matrix: torch.Tensor, w: torch.Tensor, keep: torch.Tensor) -> dict[str, Callable[[], object]]:
         def gram() -> Gram:
             return Gram(matrix, 9)
@@ -60,6 +66,7 @@ def main(n_out: int, n_in: int, text: str) -> None:
             "refit": lambda: refit(w, gram(), keep, start=w, n_iter=2),
             "exact": lambda: exact(w, gram(), torch.arange(w.shape[1]).expand_as(w) < 16, budget=1 << 18),
             "swaps": lambda: swaps.swaps(w, gram(), keep, pattern, n_iter=2),
+            "dsnot": lambda: dsnot(w, stats_of(w), keep, pattern, n_iter=2, reweight="both"),
             "permuted": lambda: gram().permuted(torch.arange(w.shape[1]).flip(0), in_place=True),
             "retarget": lambda: retarget_(w, gram(), correction(w, matrix, 0.5)),
             "relative_error": lambda: relative_error(w, w, matrix),

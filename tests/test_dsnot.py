@@ -226,3 +226,20 @@ def test_the_variance_enters_the_choice_of_what_to_restore_only_by_its_power() -
     ]
     assert torch.equal(*after[0])
     assert not torch.equal(*after[1])
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("reweight", ["none", "both"])
+def test_masks_do_not_depend_on_how_rows_are_cut(pattern: str, reweight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = activations(3, 32, 200), weights(4, 50, 32)
+    parsed = parse_pattern(pattern)
+    keep = keep_mask(w.abs(), parsed)
+    found = []
+    for size, least in ((1 << 26, 64), (4 * 32 * 7, 1)):
+        monkeypatch.setattr("sparsify.chunks.CHUNK_BYTES", size)
+        monkeypatch.setattr("sparsify.chunks._LEAST", least)
+        found.append(dsnot(w, stats_of(x), keep, parsed, reweight=reweight, tokens_per_sequence=64))
+    (whole, *told), (cut, *same) = found
+    assert torch.equal(whole, cut)
+    assert told == same
+    assert not torch.equal(whole, keep)

@@ -18,6 +18,7 @@ STATED = {
     "refit": (1, 1),
     "exact": (1, 2),
     "swaps": (0, 1 / 4),
+    "dsnot": (0, 1 / 4),
     "permuted": (0, 0),
     "retarget": (1, 1),
     "relative_error": (0, 0),

@@ -7,11 +7,31 @@ one or both of the criteria and a regulariser. Both are one loop with other sett
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from sparsify.scores import relative_importance
+from sparsify.chunks import chunks
+from sparsify.scores import column_masses, relative_importance
 from sparsify.stats import InputStats
 from sparsify.types import NofM, Pattern
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """What swaps of some rows go by, each [rows, in] float32.
+
+    Attributes:
+        contribution: of each weight to the mean output, in units of a sequence's sum.
+        grow: for restoring a weight, where the row's error is positive.
+        prune: for removing one, the least first.
+        bonus: added to ``grow`` whatever the error's sign; None: nothing.
+    """
+
+    contribution: torch.Tensor
+    grow: torch.Tensor
+    prune: torch.Tensor
+    bonus: torch.Tensor | None
 
 
 def dsnot(
@@ -59,37 +79,49 @@ def dsnot(
         safe: only make swaps after which |e| is smaller; |e| then never grows.
         tokens_per_sequence: length of a calibration window.
     """
-    dense = weight.detach().float()
-    mean = stats.mean
-    contribution = dense * (mean * tokens_per_sequence)
-    size = dense.abs()
-    relative = relative_importance(weight) if reweight != "none" else size
-    grow = dense.sign() * (relative if reweight in ("grow", "both") else size) * mean
-    grow /= stats.variance.clamp_min(1e-12) ** variance_power
-    prune = (relative if reweight in ("prune", "both") else size) * stats.rms**exponent
-    if gamma_prune:
-        prune = prune + gamma_prune * size**norm
-    bonus = gamma_grow * size**norm if gamma_grow else None
-    keep = keep.clone()
+    columns = column_masses(weight) if reweight != "none" else None
+    kept, most, converged = keep.clone(), 0, True
+    # Rows know nothing of each other but for the masses of columns.
+    for rows in chunks(*weight.shape):
+        dense = weight[rows].detach().float()
+        contribution = dense * (stats.mean * tokens_per_sequence)
+        size = dense.abs()
+        importance = size if columns is None else relative_importance(weight[rows], columns)
+        grow = dense.sign() * (importance if reweight in ("grow", "both") else size) * stats.mean
+        grow /= stats.variance.clamp_min(1e-12) ** variance_power
+        prune = (importance if reweight in ("prune", "both") else size) * stats.rms**exponent
+        if gamma_prune:
+            prune = prune + gamma_prune * size**norm
+        criteria = Criteria(contribution, grow, prune, gamma_grow * size**norm if gamma_grow else None)
+        done, ended = _swap(kept[rows], criteria, pattern, n_iter=n_iter, threshold=threshold, safe=safe)
+        most, converged = max(most, done), converged and ended
+    return kept, most, "converged" if converged else "max_iter"
+
+
+def _swap(
+    keep: torch.Tensor, of: Criteria, pattern: Pattern, *, n_iter: int, threshold: float, safe: bool
+) -> tuple[int, bool]:
+    """Swap in the rows of ``keep``, in place; returns the cycles run, and whether no swap is left to make."""
+    contribution = of.contribution
     # An unchanging weight is no swap: a zero weight or a dead input would be moved for nothing, and for ever.
     free = contribution != 0
     error = contribution.masked_fill(keep, 0).sum(dim=1, dtype=torch.float64)
     active = (error.abs() > threshold).nonzero().squeeze(1)
     for done in range(n_iter):
         if not len(active):
-            return keep, done, "converged"
+            return done, True
         on, movable, sign = keep[active], free[active], error[active].sign().float().unsqueeze(1)
-        gain = grow[active] * sign
-        if bonus is not None:
-            gain += bonus[active]
+        gain = of.grow[active] * sign
+        if of.bonus is not None:
+            gain += of.bonus[active]
         gain.masked_fill_(on | ~movable, -torch.inf)
         best, i = gain.max(dim=1)
         if isinstance(pattern, NofM):
-            of_group = torch.arange(dense.shape[1], device=dense.device) // pattern.m
+            of_group = torch.arange(keep.shape[1], device=keep.device) // pattern.m
             candidates = on & movable & (of_group == (i // pattern.m).unsqueeze(1))
         else:
             candidates = on & movable & (contribution[active] * sign < 0)
-        least, j = prune[active].masked_fill(~candidates, torch.inf).min(dim=1)
+        least, j = of.prune[active].masked_fill(~candidates, torch.inf).min(dim=1)
         row = active
         after = error[row] - contribution[row, i].double() + contribution[row, j].double()
         found = torch.isfinite(best) & torch.isfinite(least)
@@ -109,4 +141,4 @@ def dsnot(
         error[row] = after[found]
         active = active[going_on]
         active = active[error[active].abs() > threshold]
-    return keep, n_iter, "converged" if not len(active) else "max_iter"
+    return n_iter, not len(active)
