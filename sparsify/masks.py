@@ -119,23 +119,29 @@ def _keep_of_all(
 ) -> torch.Tensor:
     """All rows in one comparison; fills ``keep`` and returns it."""
     if len(parts) == 1:
-        whole = score(parts[0])
-        score = partial(_itself, whole)
-    for rows in parts:
-        _checked(score(rows))
+        score = partial(_itself, score(parts[0]))
+    # Leading bits of the scores -> how many have them. Scores may be made anew at every call.
+    counts = sum(torch.bincount(_leading_bits(_checked(score(rows))), minlength=1 << 16) for rows in parts)
     if n_remove == 0:
         return keep.fill_(True)
-    if len(parts) == 1:
-        threshold = _kth_smallest(whole.reshape(1, -1), n_remove)
-    else:
-        threshold = _kth_smallest_of(score, parts, n_remove)
-    left = n_remove - sum(int((score(rows) < threshold).count_nonzero()) for rows in parts)
-    for rows in parts:
+    assert isinstance(counts, torch.Tensor)
+    up_to = counts.cumsum(0)
+    at = int((up_to < n_remove).sum())
+    left = n_remove - int(up_to[at] - counts[at])
+    # The threshold is among those that share its leading bits.
+    close = [part[_leading_bits(part) == at] for part in (score(rows).reshape(-1) for rows in parts)]
+    threshold = _kth_smallest(torch.cat(close).unsqueeze(0), left)
+    left -= sum(int((each < threshold).count_nonzero()) for each in close)
+    for rows, each in zip(parts, close, strict=True):
         part = score(rows)
-        tied = (part == threshold).reshape(-1)
-        removed = (part < threshold).reshape(-1).logical_or_(tied & (tied.cumsum(dim=0, dtype=torch.int32) <= left))
-        keep[rows] = ~removed.reshape(part.shape)
-        left = max(left - int(tied.count_nonzero()), 0)
+        n_tied = int((each == threshold).count_nonzero())
+        if n_tied <= left:
+            keep[rows] = part > threshold
+        else:
+            tied = (part == threshold).reshape(-1)
+            removed = tied.logical_and_(tied.cumsum(dim=0, dtype=torch.int32) <= left).reshape(part.shape)
+            keep[rows] = removed.logical_or_(part < threshold).logical_not_()
+        left -= min(n_tied, left)
     return keep
 
 
@@ -151,22 +157,10 @@ def _kth_smallest(groups: torch.Tensor, k: int) -> torch.Tensor:
     return torch.from_numpy(np.partition(groups.detach().numpy(), k - 1, axis=1)[:, k - 1 : k])
 
 
-def _kth_smallest_of(score: Callable[[slice], torch.Tensor], parts: list[slice], k: int) -> torch.Tensor:
-    """The k-th smallest of all ``parts``, [1, 1]: counted by leading bits, then sought among those that share its."""
-    counts = sum(torch.bincount(_leading_bits(score(rows)), minlength=1 << 16) for rows in parts)
-    assert isinstance(counts, torch.Tensor)
-    up_to = counts.cumsum(0)
-    at = int((up_to < k).sum())
-    close = []
-    for rows in parts:
-        part = score(rows).reshape(-1)
-        close.append(part[_leading_bits(part) == at])
-    return _kth_smallest(torch.cat(close).unsqueeze(0), k - int(up_to[at] - counts[at]))
-
-
 def _leading_bits(score: torch.Tensor) -> torch.Tensor:
     """The sign, the exponent and 7 more bits of float32 numbers, as whole numbers in the same order."""
-    bits = score.detach().float().contiguous().view(torch.int32).reshape(-1)
+    # The sum makes zeros equal whatever their sign.
+    bits = (score.detach().float().contiguous() + 0.0).view(torch.int32).reshape(-1)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).bitwise_right_shift_(16).add_(1 << 15)
 
 

@@ -64,12 +64,12 @@ WORKING: dict[str, tuple[Working, Working]] = {
         Working(0, 2.9, chunks=3.1, left_weight=1.1),
     ),
     "refine=dsnot": (
-        Working(0, 9.4, chunks=0.4, left_weight=1.1),
-        Working(0, 9.4, chunks=0.4, left_weight=1.1),
+        Working(0, 1.3, chunks=8.1, left_weight=1.1),
+        Working(0, 1.3, chunks=8.1, left_weight=1.1),
     ),
     "refine=r2-dsnot": (
-        Working(0, 10.4, chunks=0.7, left_weight=1.1),
-        Working(0, 10.4, chunks=0.7, left_weight=1.1),
+        Working(0, 1.1, chunks=9.6, left_weight=1.1),
+        Working(0, 1.1, chunks=9.6, left_weight=1.1),
     ),
     "refine=swaps": (
         Working(0, 0.7, chunks=18.7, left_weight=1.1),
