@@ -39,7 +39,7 @@ RANKS = [
         f"sparsify.cluster.{part}"
         for part in ("graph", "plan", "job", "crew", "worker", "pieces", "pipeline", "files", "hire")
     }
-    | {f"sparsify.cluster.{part}" for part in ("processes", "ray_workers")},
+    | {f"sparsify.cluster.{part}" for part in ("processes", "ray_workers", "beats")},
     {"sparsify.assemble", "sparsify.resume"},
     {"sparsify.prune", "sparsify.verify"},
     {"sparsify.budget"}
