@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    begun = commit()
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     import torch
     from safetensors.torch import save_file
@@ -258,7 +259,7 @@ def main() -> None:
                 # After each: what was seen is not lost where the next one hangs.
                 result = {
                     "benchmark": "random_kills",
-                    "commit": commit(),
+                    "commit": begun,
                     "environment": environment(1),
                     "arguments": {key: value for key, value in vars(options).items() if key != "out"},
                     "model": {**WIDTH, "blocks": BLOCKS},

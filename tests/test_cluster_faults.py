@@ -131,12 +131,14 @@ def test_a_worker_that_stands_still_for_long_is_ended_and_another_does_its_task(
     whole = prune(source(deep), how, tmp_path / "whole")
     # Tasks of this model take far less.
     monkeypatch.setattr("sparsify.cluster.crew.SILENT_S", 10.0)
-    stopped: list[int] = []
+    stopped, one = list[int](), threading.Lock()
     ask = Process.ask
 
     def stopping(self: Process, *rest: Any) -> dict[str, Any]:
-        if not stopped:
+        with one:
+            first = not stopped
             stopped.append(self.pid)
+        if first:
             os.kill(self.pid, signal.SIGSTOP)
         return ask(self, *rest)
 

@@ -369,3 +369,13 @@ def test_alone_it_goes_by_rank() -> None:
     )  # fmt: skip
     assert begun == order
     assert order == ["0", "1", "2", "3", *(f"fan {i}" for i in range(5))]
+
+
+def test_alone_it_shows_signs_of_life_while_a_task_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsify.cluster.beats.BEAT_S", 0.01)
+    heard = threading.Event()
+
+    def do() -> dict[str, Any]:
+        return {"heard": heard.wait(60)}
+
+    assert Here({"do": do}).ask(Task("0", "do"), lambda what: heard.set()) == {"heard": True}

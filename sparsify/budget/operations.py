@@ -16,7 +16,7 @@ from sparsify.methods import Method
 from sparsify.recipe import Recipe
 
 # A run takes from so much to so much of the sum of its terms, and seconds to begin and end whatever the model's size;
-# benchmarks/results/budget_check.json.
+# benchmarks/budget_check.py compares them with runs.
 _LOW, _HIGH = 0.8, 2.0
 START_SECONDS = (1.0, 5.0)
 # Symmetric products are summed in strips from the diagonal on: 5/8 of the work of a whole one.

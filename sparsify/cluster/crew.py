@@ -79,22 +79,13 @@ class Here:
     def __init__(self, handlers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
         self._handlers = handlers
 
-    def ready(self) -> None:
-        """It is."""
-
     def ask(self, task: Task, event: Event) -> dict[str, Any]:
         """As ``Worker``; progress is reported by the handlers themselves."""
         with beating(lambda: event({})):
             return self._handlers[task.do](**task.arguments)
 
-    def kill(self) -> None:
-        """Nothing."""
 
-    def close(self) -> None:
-        """Nothing: it goes on."""
-
-
-def work_alone(graph: Graph, worker: Worker, begun: Begun, done: Done, told: Told) -> None:
+def work_alone(graph: Graph, worker: Here, begun: Begun, done: Done, told: Told) -> None:
     """Do all of ``graph`` with one worker in this thread, the lowest rank first; arguments as of ``Crew``.
 
     Raises:

@@ -18,7 +18,7 @@ from sparsify.types import NofM, Pattern
 
 
 @dataclass(frozen=True)
-class Criteria:
+class _Criteria:
     """What swaps of some rows go by, each [rows, in] float32.
 
     Attributes:
@@ -92,14 +92,14 @@ def dsnot(
         prune = (importance if reweight in ("prune", "both") else size) * stats.rms**exponent
         if gamma_prune:
             prune = prune + gamma_prune * size**norm
-        criteria = Criteria(contribution, grow, prune, gamma_grow * size**norm if gamma_grow else None)
+        criteria = _Criteria(contribution, grow, prune, gamma_grow * size**norm if gamma_grow else None)
         done, ended = _swap(kept[rows], criteria, pattern, n_iter=n_iter, threshold=threshold, safe=safe)
         most, converged = max(most, done), converged and ended
     return kept, most, "converged" if converged else "max_iter"
 
 
 def _swap(
-    keep: torch.Tensor, of: Criteria, pattern: Pattern, *, n_iter: int, threshold: float, safe: bool
+    keep: torch.Tensor, of: _Criteria, pattern: Pattern, *, n_iter: int, threshold: float, safe: bool
 ) -> tuple[int, bool]:
     """Swap in the rows of ``keep``, in place; returns the cycles run, and whether no swap is left to make."""
     contribution = of.contribution
