@@ -119,17 +119,12 @@ def _keep_of_all(
 ) -> torch.Tensor:
     """All rows in one comparison; fills ``keep`` and returns it."""
     if len(parts) == 1:
-        score = partial(_itself, score(parts[0]))
-    # Leading bits of the scores -> how many have them. Scores may be made anew at every call.
-    counts = sum(torch.bincount(_leading_bits(_checked(score(rows))), minlength=1 << 16) for rows in parts)
+        whole = _checked(score(parts[0]))
+        score, close, left = partial(_itself, whole), [whole.reshape(-1)], n_remove
+    else:
+        close, left = _close_to(score, parts, n_remove)
     if n_remove == 0:
         return keep.fill_(True)
-    assert isinstance(counts, torch.Tensor)
-    up_to = counts.cumsum(0)
-    at = int((up_to < n_remove).sum())
-    left = n_remove - int(up_to[at] - counts[at])
-    # The threshold is among those that share its leading bits.
-    close = [part[_leading_bits(part) == at] for part in (score(rows).reshape(-1) for rows in parts)]
     threshold = _kth_smallest(torch.cat(close).unsqueeze(0), left)
     left -= sum(int((each < threshold).count_nonzero()) for each in close)
     for rows, each in zip(parts, close, strict=True):
@@ -143,6 +138,17 @@ def _keep_of_all(
             keep[rows] = removed.logical_or_(part < threshold).logical_not_()
         left -= min(n_tied, left)
     return keep
+
+
+def _close_to(score: Callable[[slice], torch.Tensor], parts: list[slice], k: int) -> tuple[list[torch.Tensor], int]:
+    """Of each part the scores that share the leading bits of the k-th smallest of all, and which of them that is."""
+    # Leading bits -> how many scores have them. Scores may be made anew at every call.
+    counts = sum(torch.bincount(_leading_bits(_checked(score(rows))), minlength=1 << 16) for rows in parts)
+    assert isinstance(counts, torch.Tensor)
+    up_to = counts.cumsum(0)
+    at = int((up_to < k).sum())
+    close = [part[_leading_bits(part) == at] for part in (score(rows).reshape(-1) for rows in parts)]
+    return close, k - int(up_to[at] - counts[at])
 
 
 def _itself(score: torch.Tensor, rows: slice) -> torch.Tensor:
