@@ -199,7 +199,7 @@ class BlockPruner:
             entry = None if entry is None else grams.reordered(entry, folded)
             gram = grams.of(entry, spec.name)
         perm, kind = placed.get(spec.name, (None, "no"))
-        row = self._prune_linear(spec, aim, entry, gram, perm)
+        row = self._prune_linear(spec, weight, aim, entry, gram, perm)
         if entry is not None:
             self.progress.advance()
             if last:
@@ -218,14 +218,14 @@ class BlockPruner:
     def _prune_linear(
         self,
         spec: LinearSpec,
+        weight: torch.Tensor,
         aim: torch.Tensor,
         stats: InputStats | None,
         gram: Gram | None,
         perm: torch.Tensor | None = None,
     ) -> PrunedLinear:
-        """Prune one linear that should compute ``aim`` [out, in], its weight itself or a target."""
+        """Prune a linear's ``weight`` in place, which should compute ``aim`` [out, in]: itself or a target."""
         pattern = self.patterns[spec.name]
-        weight = weight_view(self.skeleton.model.get_parameter(spec.parameter), spec)
         with _named(spec):
             outcome = self._solve(spec, aim, stats, gram, perm)
         pruned = outcome.weight
@@ -240,7 +240,7 @@ class BlockPruner:
                 )
             pruned[rows] = stored.to(weight.dtype)
         # Before the weight is overwritten: there is no other copy of the dense one.
-        error = _relative_error(weight, pruned, stats, gram)
+        error = _relative_error(weight, pruned, stats, gram, outcome.energy if aim is weight else None)
         weight.copy_(pruned)
         status = outcome.status
         if stats is not None and stats.n_tokens == 0:
@@ -307,10 +307,15 @@ def _bundled(units: list[list[LinearSpec]]) -> list[list[LinearSpec]]:
     return [[spec for unit in units[a:b] for spec in unit] for a, b in pairwise(ends)]
 
 
-def _relative_error(dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None) -> float:
-    """Output error on the inputs seen, relative to the dense output; without a Gram matrix, by input norms alone."""
+def _relative_error(
+    dense: torch.Tensor, pruned: torch.Tensor, stats: InputStats | None, gram: Gram | None, energy: float | None
+) -> float:
+    """Output error on the inputs seen, relative to the dense output; without a Gram matrix, by input norms alone.
+
+    ``energy`` is that of the dense output, where it is known.
+    """
     if gram is not None:
-        return relative_error(dense, pruned, gram.matrix)
+        return relative_error(dense, pruned, gram.matrix, energy)
     scale = stats.rms.square() if stats is not None else torch.ones(1, device=dense.device)
     whole = lost = 0.0
     for rows in chunks(*dense.shape):

@@ -18,6 +18,8 @@ SHARDS = 8
 CHUNK_BYTES = 1 << 26
 # Fewer rows than these would leave matrix products waiting for memory.
 _LEAST = 64
+# A symmetric matrix is worked on in strips of rows, each from its diagonal block on: 9/16 of the work of a whole one.
+_STRIPS, _LEAST_ROWS = 8, 256
 
 
 def chunks(n_rows: int, n_columns: int) -> Iterator[slice]:
@@ -25,3 +27,10 @@ def chunks(n_rows: int, n_columns: int) -> Iterator[slice]:
     size = max(CHUNK_BYTES // (4 * max(n_columns, 1)), _LEAST)
     for start in range(0, n_rows, size):
         yield slice(start, min(start + size, n_rows))
+
+
+def strips(n: int) -> Iterator[tuple[int, int]]:
+    """First row and the one behind the last of each strip of a symmetric matrix of ``n`` rows."""
+    rows = max(-(-n // _STRIPS), min(n, _LEAST_ROWS))
+    for a in range(0, n, rows):
+        yield a, min(a + rows, n)

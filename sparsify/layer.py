@@ -41,6 +41,7 @@ class Outcome:
         objective: the same for the weights returned.
         n_iter: iterations of solver and refinement together; 0 where nothing iterates.
         status: ``exact`` (a direct method), ``converged``, ``max_iter``, or what was done instead (``fallback: ...``).
+        energy: of the output aimed at, ``quadratic.value``; None without a Gram matrix.
     """
 
     weight: torch.Tensor
@@ -48,6 +49,7 @@ class Outcome:
     objective: float | None
     n_iter: int
     status: str
+    energy: float | None = None
 
 
 def prune_layer(
@@ -144,7 +146,7 @@ def _pruned(
         error / whole if whole > 0 else 0.0
         for error in (removal(weight, keep, gram.matrix), distance(weight, solved, gram.matrix))
     )
-    return Outcome(solved, before, after, n_iter, _summary(statuses))
+    return Outcome(solved, before, after, n_iter, _summary(statuses), whole)
 
 
 def pull(weight: torch.Tensor, stats: InputStats | None, plan: Method) -> tuple[torch.Tensor | None, str]:

@@ -131,12 +131,16 @@ class Passes:
         """
         places = {spec.parameter: places[spec.parameter] for spec in specs if spec.parameter in places}
         prefix, run = self.skeleton.prefix(index), streams.calls.run
+
+        def ends(shard: int, windows: int) -> bool:
+            """Whether the text does after so many windows of a shard."""
+            return shard == streams.shards[-1] and windows == streams.pruned[0].shards[shard].layout.n_windows
+
         if reference is None:
             with collect(block, prefix, specs, self.wanted) as collector:
                 for shard in shards:
-                    file = streams.pruned[0].shards[shard]
-                    for i, hidden in enumerate(file.windows(self.device), 1):
-                        with collector.window(whole=i == file.layout.n_windows):
+                    for i, hidden in enumerate(streams.pruned[0].shards[shard].windows(self.device), 1):
+                        with collector.window(whole=ends(shard, i)):
                             run(block, index, hidden)
                         self.progress.advance()
                     collector.end_of_shard()
@@ -153,7 +157,7 @@ class Passes:
                 windows = zip(file.windows(self.device), dense.windows(self.device), strict=True)
                 for i, (hidden, entering) in enumerate(windows, 1):
                     tape.rewind()
-                    whole, output = i == file.layout.n_windows, entering
+                    whole, output = ends(shard, i), entering
                     # What leaves the block takes a complete pass, the inputs of its linears alone a shorter one.
                     with nullcontext() if leave else tape.window(whole=whole):
                         output = run(reference, index, entering)

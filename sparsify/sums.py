@@ -11,13 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsify.chunks import CHUNK_BYTES
+from sparsify.chunks import CHUNK_BYTES, strips
 from sparsify.errors import NumericsError
 from sparsify.offload import zeros
 from sparsify.stats import InputStats, Wanted
-
-# A Gram matrix is summed in strips of rows, each from its diagonal block on: 9/16 of the work of a whole one.
-_STRIPS, _LEAST_ROWS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,11 @@ class Accumulator:
         self, into: torch.Tensor, left: Callable[[_Tokens], torch.Tensor], *, symmetric: bool = False
     ) -> None:
         """Add Σ leftᵀ x over the tokens held, strips of rows at a time; of a symmetric sum the upper ones."""
-        strips = list(_strips(len(into)))
-        while strips:
-            batch = [strips.pop(0)]
-            while strips and 4 * self.n_in * sum(b - a for a, b in (*batch, strips[0])) <= CHUNK_BYTES:
-                batch.append(strips.pop(0))
+        left_over = list(strips(len(into)))
+        while left_over:
+            batch = [left_over.pop(0)]
+            while left_over and 4 * self.n_in * sum(b - a for a, b in (*batch, left_over[0])) <= CHUNK_BYTES:
+                batch.append(left_over.pop(0))
             parts = [into.new_zeros(b - a, self.n_in - (a if symmetric else 0)) for a, b in batch]
             for tokens in self._held:
                 x, rows = tokens.x.float(), left(tokens)
@@ -132,7 +129,7 @@ class Accumulator:
         if self._total is not None:
             yield "total", self._total
         if self._gram is not None:
-            for i, (a, b) in enumerate(_strips(self.n_in)):
+            for i, (a, b) in enumerate(strips(self.n_in)):
                 yield f"gram.{i}", self._gram[a:b, a:]
         if self._drift is not None:
             yield "drift", self._drift
@@ -153,7 +150,7 @@ class Accumulator:
             if into is not None and piece is not None:
                 into += piece.to(device)
         if self._gram is not None:
-            for i, (a, b) in enumerate(_strips(self.n_in)):
+            for i, (a, b) in enumerate(strips(self.n_in)):
                 piece = read(f"gram.{i}")
                 assert piece is not None
                 self._gram[a:b, a:] += piece.to(device)
@@ -185,7 +182,7 @@ class Accumulator:
             total = self._total.float()
             scatter = (self._sq_norm - self._total.square() / max(self.n_tokens, 1)).clamp_min(0).float()
         if self._gram is not None:
-            for a, b in _strips(self.n_in):
+            for a, b in strips(self.n_in):
                 corner = self._gram[a:b, a:b].triu_()
                 corner += corner.triu(1).t()
                 self._gram[b:, a:b] = self._gram[a:b, b:].t()
@@ -200,10 +197,3 @@ def _drifted(tokens: _Tokens) -> torch.Tensor:
 def _shifted(tokens: _Tokens) -> torch.Tensor:
     assert tokens.shift is not None
     return tokens.shift.float()
-
-
-def _strips(n: int) -> Iterator[tuple[int, int]]:
-    """First row and the one behind the last of each strip of ``n``."""
-    rows = max(-(-n // _STRIPS), min(n, _LEAST_ROWS))
-    for a in range(0, n, rows):
-        yield a, min(a + rows, n)

@@ -78,9 +78,11 @@ class Survey:
             block = self.binding.load_block(index, self.dtype, device)
             if specs:
                 with collect(block, skeleton.prefix(index), specs, wanted) as collector:
+                    left = len(self.ids)
                     for shard in states[index % 2].shards:
-                        for i, hidden in enumerate(shard.windows(device), 1):
-                            with collector.window(whole=i == shard.layout.n_windows):
+                        for hidden in shard.windows(device):
+                            left -= 1
+                            with collector.window(whole=not left):
                                 calls.run(block, index, hidden)
                             self.progress.advance()
                         collector.end_of_shard()

@@ -72,7 +72,7 @@ class Watcher(ABC):
         The first pass is complete and shows which linears share an input, and whether each is called once, no more;
         where that does not hold (in mixtures of experts, mostly) all are complete. Nobody asks for what the last
         linear would compute, a quarter of a Llama block's work, or for that of others with the same input. A pass
-        that is ``whole`` goes to the end: the last one, to see that it is still so.
+        that is ``whole`` goes to the end: the text's last one, to see that it is still so.
         """
         enough, self._enough = self._enough, None if whole else self._enough
         self._called, self._n_new = [], 0

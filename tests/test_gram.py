@@ -189,6 +189,13 @@ def test_value_and_relative_error_are_those_of_the_outputs(seed: int, size: tupl
         assert relative_error(w.float(), v.float(), matrix) == pytest.approx(error / whole, rel=1e-3, abs=1e-3)
 
 
+def test_value_of_more_inputs_than_a_strip_has() -> None:
+    x, d = inputs(1, 900, 700), random(2, 5, 700)
+    matrix = gram_of(x).matrix
+    assert value(d.float(), matrix) == pytest.approx(float(torch.linalg.matrix_norm(x @ d.T) ** 2) / 2, rel=1e-5)
+    assert relative_error(d.float(), torch.zeros_like(d).float(), matrix) == pytest.approx(1)
+
+
 def test_relative_error_where_there_is_no_output() -> None:
     w = torch.ones(2, 3)
     assert relative_error(w, torch.zeros_like(w), torch.zeros(3, 3)) == 0

@@ -411,3 +411,28 @@ def test_gpu_gives_the_masks_of_the_cpu(
         differing += int((tensor != dict(second.read([name]))[name]).sum())
         total += tensor.numel()
     assert differing <= 1e-3 * total
+
+
+def test_of_passes_for_statistics_the_first_and_the_last_of_the_text_are_complete(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    n_windows, n_blocks, complete = 20, 2, 0
+    forward = torch.nn.Linear.forward
+
+    def counting(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        nonlocal complete
+        # The last linear of a block, the only one of these sizes.
+        complete += (self.in_features, self.out_features) == (48, 32)
+        return forward(self, x)
+
+    config = json.loads((llama / "config.json").read_text(encoding="utf-8"))
+    assert (config["intermediate_size"], config["hidden_size"], config["num_hidden_layers"]) == (48, 32, n_blocks)
+    ids = torch.randint(3, 64, (n_windows, 24), generator=torch.Generator().manual_seed(1))
+    save_file({"calibration": ids.to(torch.int32)}, tmp_path / "ids.safetensors")
+    monkeypatch.setattr(torch.nn.Linear, "forward", counting)
+    recipe = Recipe("2:4", "wanda", calibration=f"{tmp_path / 'ids.safetensors'}:calibration", windows=n_windows)
+    prune(source(llama), recipe, tmp_path / "out")
+    # Nothing wants what leaves the last block.
+    assert complete == 2 * n_blocks + n_windows * (n_blocks - 1)

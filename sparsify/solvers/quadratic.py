@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsify.chunks import WIDE, chunks
+from sparsify.chunks import WIDE, chunks, strips
 from sparsify.errors import NumericsError, SingularError
 from sparsify.finite import all_finite
 from sparsify.offload import zeros
@@ -316,10 +316,20 @@ def removal(weight: torch.Tensor, keep: torch.Tensor, gram: torch.Tensor) -> flo
 
 
 def _value(delta: torch.Tensor, gram: torch.Tensor) -> float:
-    return 0.5 * float((delta @ gram).mul_(delta).sum(dtype=torch.float64))
+    total = 0.0
+    for a, b in strips(len(gram)):
+        products = (delta[:, a:b] @ gram[a:b, a:]).mul_(delta[:, a:])
+        # What is right of the diagonal block stands for what is left of it as well.
+        for part, weight in ((products[:, : b - a], 0.5), (products[:, b - a :], 1.0)):
+            total += weight * float(part.sum(dtype=torch.float64))
+    return total
 
 
-def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor) -> float:
-    """||X(V - W)ᵀ||² / ||XWᵀ||² over the calibration tokens; 0 where the dense output is 0."""
-    whole = value(weight, gram)
+def relative_error(weight: torch.Tensor, pruned: torch.Tensor, gram: torch.Tensor, whole: float | None = None) -> float:
+    """||X(V - W)ᵀ||² / ||XWᵀ||² over the calibration tokens; 0 where the dense output is 0.
+
+    ``whole`` is ``value`` of ``weight``, where that is known.
+    """
+    if whole is None:
+        whole = value(weight, gram)
     return distance(weight, pruned, gram) / whole if whole > 0 else 0.0
