@@ -34,7 +34,6 @@ from sparsify.files import staging_path
 from sparsify.process_memory import tree
 
 WIDTH = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4}
-BLOCKS = 6
 # One for each way in which blocks depend on each other: by the dense blocks before them, the pruned ones, not at all.
 METHODS = ("fistapruner", "sparsegpt", "magnitude")
 WAYS: dict[str, list[str]] = {"processes": [], "ray": ["--cluster", "local"]}
@@ -216,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", type=int, default=24, help="of the model: more of them, more to lose")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -229,7 +229,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, ids = folder / "model", f"{folder}/ids.safetensors:ids"
-        make_model(model, BLOCKS, WIDTH)
+        make_model(model, options.blocks, WIDTH)
         tokens = torch.randint(0, 1024, (16, 128), generator=torch.Generator().manual_seed(0))
         save_file({"ids": tokens}, folder / "ids.safetensors")
         wanted, timings = {}, {}
@@ -262,7 +262,7 @@ def main() -> None:
                     "commit": begun,
                     "environment": environment(1),
                     "arguments": {key: value for key, value in vars(options).items() if key != "out"},
-                    "model": {**WIDTH, "blocks": BLOCKS},
+                    "model": {**WIDTH, "blocks": options.blocks},
                     "undisturbed_s": {f"{method}, {way}": vars(timing) for (method, way), timing in timings.items()},
                     "ended_before_the_kill": early,
                     "runs": records,

@@ -145,8 +145,10 @@ class BlockPruner:
         """How the dense ``block`` can be pruned by several processes; arguments as of ``prune``."""
         groups = self.passes.groups(block, index, specs, streams)
         shared: dict[str, int] = {}
-        if self.plan.permute == "gather":
-            # One order for all that read an input.
+        kinds = {isinstance(self.patterns[spec.name], NofM) for spec in specs}
+        # One order for all that read an input; or what is derived for one without an order serves one that has it.
+        together = self.plan.permute == "gather" or (self.plan.permute == "simulate" and len(kinds) > 1)
+        if together:
             found = self.passes.sharing(block, index, specs, streams)
             shared = {spec.name: i for i, members in enumerate(found) for spec in members}
         made = []
@@ -155,7 +157,7 @@ class BlockPruner:
             apart = not self.reorder.moves_later(index, group)
             for spec in group:
                 # Who shares an input with an expert that the first window does not reach is not known.
-                own = spec.name if self.plan.permute != "gather" else "unseen"
+                own = spec.name if not together else "unseen"
                 units.setdefault(shared.get(spec.name, own) if apart else None, []).append(spec)
             made.append(_bundled(list(units.values())))
         return Course(made, self.passes.places(block, index, specs, streams))

@@ -92,6 +92,7 @@ def prune_layer(
                     f"{error}, which is {gram.damping_used:g} already; give more calibration text (--windows) or use "
                     "--method sparsegpt"
                 ) from None
+            gram.release()
             reason, gram = error, Gram(gram.matrix, gram.n_tokens, damping)
         else:
             if damping is None:

@@ -10,6 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sparsify.cluster.pieces import handlers_of
 from sparsify.cluster.pipeline import Gathered, Pipeline
 from sparsify.cluster.plan import inputs_wanted, run_graph
 from sparsify.data import Windows, load_windows
-from sparsify.errors import SparsifyError, UsageError
+from sparsify.errors import OutputError, SparsifyError, UsageError
 from sparsify.files import Staging, staging_folder, stamps, write_json
 from sparsify.format.reader import open_checkpoint
 from sparsify.hidden import file_crc32, shards_of
@@ -84,6 +85,8 @@ def prune(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers is {workers}, want 1 or more")
+    if device.startswith("cuda:") and (cluster or workers not in (None, 1)):
+        raise UsageError(f"--device {device} is one GPU, and each worker needs one of its own; use --device cuda")
     progress = progress or Silent()
     return_large_frees()
     began = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
@@ -111,13 +114,13 @@ def prune(
             damage, recipe, skeleton.n_blocks, chosen_of(skeleton, patterns)[1], len(windows.ids) if windows else 0
         ),
     ) as staging:
-        about = About(
-            source.name, recipe.method, recipe.pattern, fingerprint, torch.get_num_threads(), workers or 0, device
-        )
+        threads = _threads(staging.state, workers if cluster in (None, "local") else None)
+        torch.set_num_threads(threads)
+        about = About(source.name, recipe.method, recipe.pattern, fingerprint, threads, workers or 0, device)
         done = len((staging.state or {}).get("blocks", ()))
         with Journal(staging.path, progress, about, done=done) as journal, torch.inference_mode():
             run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, journal, began)
-            run.threads(workers if cluster in (None, "local") else None)
+            run.state["threads"] = threads
             with offloaded(staging.path if offload else None):
                 run.survey()
             run.blocks(run.job(trust_remote_code, offload), workers, cluster, worker_bytes)
@@ -158,6 +161,17 @@ def _windows(source: Source, recipe: Recipe, trust_remote_code: bool) -> Windows
         bos=recipe.bos,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _threads(state: Mapping[str, Any] | None, workers: int | None) -> int:
+    """Those of every process: the order of a threaded sum, and so its bits, depend on their number.
+
+    A run that is resumed has those that it began with, whatever works for it now.
+    """
+    if state is not None and state["threads"]:
+        return int(state["threads"])
+    mine = torch.get_num_threads()
+    return mine if "OMP_NUM_THREADS" in os.environ else max(mine // (workers or 1), 1)
 
 
 class _Run:
@@ -211,16 +225,6 @@ class _Run:
         self.n_resumed = len(state["blocks"])
         return state
 
-    def threads(self, workers: int | None) -> None:
-        """Those of every process, from now on: the order of a threaded sum, and so its bits, depend on their number.
-
-        A run that is resumed has those that it began with, whatever works for it now.
-        """
-        if not self.state["threads"]:
-            mine = torch.get_num_threads()
-            self.state["threads"] = mine if "OMP_NUM_THREADS" in os.environ else max(mine // (workers or 1), 1)
-        torch.set_num_threads(self.state["threads"])
-
     # --- before the first block ------------------------------------------------------------------------------------
 
     def survey(self) -> None:
@@ -271,6 +275,16 @@ class _Run:
         self.journal.task(task.do, task.arguments["block"], worker, str(error), attempt=attempt, retried=retried)
         self.journal.notice(f"{task.name}, attempt {attempt}: {error}")
 
+    def _failed(self, task: Task, worker: str, error: SparsifyError) -> None:
+        # The error itself ends the run; where the disk is full, nothing more can be said here.
+        with suppress(OutputError):
+            self.journal.task(task.do, task.arguments["block"], worker, str(error), attempt=1, retried=False)
+
+    def _waits(self) -> None:
+        # No reason to end what is under way: whoever has results to write meets the full disk too.
+        with suppress(OutputError):
+            self.journal.beat()
+
     def _begun(self, task: Task, worker: str) -> None:
         self.journal.worker(worker, task.do, task.arguments["block"])
 
@@ -285,11 +299,12 @@ class _Run:
         # Of a run that was interrupted within a block.
         for pattern in PIECES:
             self._remove(pattern)
-        with crew_of(job, workers, cluster, worker_bytes, self._begun, self._lost, self.journal.beat) as crew:
+        told = self._begun, self._lost, self._waits, self._failed
+        with crew_of(job, workers, cluster, worker_bytes, *told) as crew:
             n = 1 if crew is None else len(crew)
             graph = self._graph(bench, n)
             if crew is None:
-                work_alone(graph, Here(handlers_of(bench)), self._begun, self._done, self._event)
+                work_alone(graph, Here(handlers_of(bench)), self._begun, self._done, self._event, self._failed)
             else:
                 crew.work(graph, self._done, self._event)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,11 +158,15 @@ def prune_and_export_command(
 
     out = required(out, "--out")
     with progress_bars() as progress:
-        source, how = _announced(settings, run, out, progress, no_budget=no_budget, trust=trust_remote_code)
+        targets, measures = run.get("targets", ["hf"]), run.get("eval_text") != "none"
+        source, how = _announced(
+            settings, run, out, progress, no_budget=no_budget, trust=trust_remote_code, targets=targets,
+            measures=measures,
+        )  # fmt: skip
         report = prune_and_export(
             source,
             settings,
-            run.get("targets", ["hf"]),
+            targets,
             out,
             evaluation=Evaluation(
                 **{k.removeprefix("eval_"): v for k, v in run.items() if k.startswith("eval_")}, bos=settings.bos
@@ -179,7 +184,15 @@ def prune_and_export_command(
 
 
 def _announced(
-    settings: Recipe, run: dict[str, Any], out: Path, progress: Progress, *, no_budget: bool, trust: bool
+    settings: Recipe,
+    run: dict[str, Any],
+    out: Path,
+    progress: Progress,
+    *,
+    no_budget: bool,
+    trust: bool,
+    targets: Sequence[str] = (),
+    measures: bool = False,
 ) -> tuple[Source, dict[str, Any]]:
     """The model, and how it is pruned as ``prune`` takes it, after the run's budget was said."""
     from sparsify.budget.estimate import announce
@@ -189,4 +202,5 @@ def _announced(
     how |= {"offload": run.get("offload", False), "trust_remote_code": trust, "progress": progress}
     check_device(how["device"])
     source = resolve(required(run.get("model"), "MODEL"))
-    return source, how | {"worker_bytes": announce(source, settings, out, enforce=not no_budget, **how)}
+    after: dict[str, Any] = {"targets": targets, "measures": measures}
+    return source, how | {"worker_bytes": announce(source, settings, out, enforce=not no_budget, **after, **how)}

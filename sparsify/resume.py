@@ -34,7 +34,7 @@ def damage(recipe: Recipe, n_blocks: int, last: int, n_windows: int, folder: Pat
     for index, block in state["blocks"].items():
         if not index.isdecimal() or int(index) >= n_blocks:
             return f"block {index} is none"
-        if (folder / block["file"]).stat().st_size != block["bytes"] or Path(block["file"]).name != block["file"]:
+        if Path(block["file"]).name != block["file"] or (folder / block["file"]).stat().st_size != block["bytes"]:
             return f"{block['file']} is truncated"
         for row in block["linears"]:
             PrunedLinear(**row)
@@ -45,7 +45,7 @@ def damage(recipe: Recipe, n_blocks: int, last: int, n_windows: int, folder: Pat
         else [state["residual"], *(block["orders"] for block in state["blocks"].values())]
     )
     for part in filter(None, parts):
-        if file_crc32(folder / part["file"]) != part["crc32"] or Path(part["file"]).name != part["file"]:
+        if Path(part["file"]).name != part["file"] or file_crc32(folder / part["file"]) != part["crc32"]:
             return f"{part['file']} is not what was written"
     for name, crc32 in state["hidden"].items():
         if Path(name).name != name or file_crc32(folder / name) != crc32:

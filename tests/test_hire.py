@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ class Asked:
     def __init__(self) -> None:
         self.options_: list[dict[str, Any]] = []
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 7.0}
+    def nodes(self) -> list[dict[str, Any]]:
+        # Together they have ten cores, and room for two workers of three.
+        sizes = ((7.0, 64.0, True), (2.0, 64.0, True), (1.0, 64.0, True), (9.0, 64.0, False))
+        return [{"Alive": alive, "Resources": {"CPU": n, "memory": gb * 2**30}} for n, gb, alive in sizes]
 
     def remote(self, *_: Any) -> "Asked":
         return self
@@ -42,6 +45,20 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Asked:
     return asked
 
 
+@pytest.mark.parametrize(("gb", "n"), [(9, 2), (40, 1), (90, 1)])
+def test_a_machine_has_as_many_places_as_cores_and_memory_allow(gb: int, n: int, ray: Asked) -> None:
+    assert ray_workers.places_of(ray, JOB, gb << 30) == n
+
+
+def test_each_gpu_is_a_place(ray: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0, "memory": 2.0**40}}
+    monkeypatch.setattr(ray, "nodes", lambda: [machine, machine])
+    job = replace(JOB, device="cuda", threads=64)
+    assert ray_workers.places_of(ray, job, 9 << 30) == 16
+    ray_workers.Actor(ray, "worker 1", job, 9 << 30)
+    assert (ray.options_[0]["num_cpus"], ray.options_[0]["num_gpus"]) == (1, 1)
+
+
 def test_one_process_works_by_itself() -> None:
     for workers in (None, 1):
         with crew_of(JOB, workers, None, 1 << 30) as crew:
@@ -52,7 +69,6 @@ def test_one_process_works_by_itself() -> None:
 def test_machines_of_a_cluster_set_threads_and_memory_aside(cluster: str, memory: int | None, ray: Asked) -> None:
     with crew_of(JOB, None, cluster, 9 << 30) as crew:
         assert crew is not None
-        # Seven cores have room for two workers of three threads.
         assert len(crew) == 2
         for hire in crew._hire:
             hire()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,6 +120,14 @@ def calibrated(budget: Budget, out: Path) -> Budget:
     return timed(budget, rates)
 
 
+def _places_here(device: str) -> int:
+    """Workers that a cluster of this machine alone has room for, as its cores or GPUs are counted."""
+    import torch
+
+    n = torch.cuda.device_count() if device == "cuda" else (os.cpu_count() or 1) // torch.get_num_threads()
+    return max(n, 1)
+
+
 def announce(
     source: Source,
     recipe: Recipe,
@@ -128,6 +138,8 @@ def announce(
     cluster: str | None = None,
     offload: bool = False,
     enforce: bool = True,
+    targets: Sequence[str] = (),
+    measures: bool = False,
     trust_remote_code: bool = False,
     progress: Progress,
 ) -> int:
@@ -141,9 +153,11 @@ def announce(
         out: the output folder; what an interrupted run left beside it counts as there.
         device: torch device.
         workers: processes at once; None is 1.
-        cluster: where Ray runs them; memory of other machines is not looked at.
+        cluster: where Ray runs them; memory of other machines is not looked at, and of this one as if it were one.
         offload: large matrices lie in files.
         enforce: refuse; else what does not fit is a notice.
+        targets: that the model is then exported for, and
+        measures: whether the dense and the pruned model are then compared.
         trust_remote_code: let the model's own code load.
         progress: receives the notices.
 
@@ -151,15 +165,17 @@ def announce(
         BudgetError: memory or disk do not suffice; the message holds the remedy.
         ModelError, UsageError, DataError: as ``budget_of``.
     """
+    elsewhere = cluster not in (None, "local")
     budget = budget_of(
         source.folder,
         source.name,
         recipe,
         device=device,
-        workers=(workers or 1) if cluster in (None, "local") else 1,
+        workers=workers or (1 if cluster is None else 2 if elsewhere else _places_here(device)),
         offload=offload,
         trust_remote_code=trust_remote_code,
     )
+    budget = replace(budget, elsewhere=elsewhere, targets=tuple(targets), whole_models=2 if measures else 0)
     free = available(out, device)
     left = staging_path(out.absolute())
     if left.is_dir():

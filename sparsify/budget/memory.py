@@ -185,7 +185,11 @@ def _block_phases(
             yield Phase(f"statistics of {name}", (*held, *stats, *activations))
             if workers > 1 and not independent(plan):
                 strips = Term("their upper strips, on the way to a file", _strips_bytes(group, plan))
-                yield Phase(f"writing sums of {name}", (*held, *stats, strips))
+                terms = [*held, *stats, strips]
+                if on_gpu:
+                    # Files are written from the host, where all that goes into one is copied to first.
+                    terms.append(Term("all sums, on the host", strips.n_bytes + sum(t.n_bytes for t in stats), False))
+                yield Phase(f"writing sums of {name}", tuple(terms))
         linear = max(group, key=lambda each: working_bytes(each, plan, shapes.width))
         size = round(working_bytes(linear, plan, shapes.width))
         what = f"solving {linear.kind} [{linear.n_out} x {linear.n_in}] by {parts_of(plan)}"

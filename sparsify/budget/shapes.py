@@ -111,6 +111,11 @@ class Shapes:
     share: float = 1.0
 
     @property
+    def n_values(self) -> int:
+        """Values of all tensors."""
+        return self.outside + sum(block.count * block.n_values for block in self.blocks)
+
+    @property
     def n_blocks(self) -> int:
         """Blocks of all kinds."""
         return sum(block.count for block in self.blocks)

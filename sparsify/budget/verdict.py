@@ -36,6 +36,9 @@ class Budget:
         time: None where nothing was measured.
         rates: as ``time``.
         offload: large matrices lie in files.
+        elsewhere: workers have machines of their own; memory is that of one of them.
+        targets: that the pruned model is exported for.
+        whole_models: that accuracy is measured on at once, in float32, after all that.
     """
 
     shapes: Shapes
@@ -47,6 +50,9 @@ class Budget:
     time: Time | None = None
     rates: Rates | None = None
     offload: bool = False
+    elsewhere: bool = False
+    targets: tuple[str, ...] = ()
+    whole_models: int = 0
 
     @property
     def phases(self) -> list[Phase]:
@@ -78,9 +84,16 @@ class Budget:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the host: of all workers, and of the process that they work for."""
+        """Of the host: of all workers, and of the process that they work for; or what follows, if that is more."""
+        if self.elsewhere:
+            return max(self.phase_bytes(self.largest), self.measuring_bytes)
         idle = 0 if self.workers == 1 else self.process_bytes
-        return self.workers * self.phase_bytes(self.largest) + idle
+        return max(self.workers * self.phase_bytes(self.largest) + idle, self.measuring_bytes)
+
+    @property
+    def measuring_bytes(self) -> int:
+        """Of the host, once the model is pruned and exported."""
+        return self.process_bytes + self.whole_models * 4 * self.shapes.n_values if self.whole_models else 0
 
     @property
     def device_phase(self) -> Phase | None:
@@ -98,7 +111,13 @@ class Budget:
     @property
     def disk_terms(self) -> list[Term]:
         """Files of the run."""
-        return disk_terms(self.shapes, self.recipe, self.workers, offload=self.offload and not self.on_gpu)
+        found = disk_terms(self.shapes, self.recipe, self.workers, offload=self.offload and not self.on_gpu)
+        for target in self.targets:
+            stored = self.shapes.stored_bytes
+            # Their weights are float32 unless options say otherwise.
+            n_bytes = max(4 * self.shapes.n_values, stored) if target in ("onnx", "tensorrt") else stored
+            found.append(Term(f"artifact for {target}", n_bytes, False))
+        return found
 
     @property
     def disk_bytes(self) -> int:
@@ -184,6 +203,13 @@ def summary(budget: Budget, free: Available) -> str:
 def check(budget: Budget, free: Available) -> list[str]:
     """What does not fit, a sentence each with the remedy in figures; empty where all does."""
     found = []
+    if budget.measuring_bytes > free.memory_bytes:
+        found.append(
+            f"memory: {size(budget.measuring_bytes)} are needed (measuring accuracy on {budget.whole_models} models, "
+            f"whole and in float32) and {size(free.memory_bytes)} available ({free.memory_source}); --eval-text none "
+            "measures none"
+        )
+    budget = replace(budget, whole_models=0)
     if budget.memory_bytes > free.memory_bytes:
         found.append(
             f"memory: {size(budget.memory_bytes)} are needed ({budget.largest.name}) and {size(free.memory_bytes)} "

@@ -27,6 +27,7 @@ Event = Callable[[dict[str, Any]], None]
 Begun = Callable[[Task, str], None]
 Told = Callable[[str, dict[str, Any]], None]
 Done = Callable[[Task, Mapping[str, Any], str], None]
+Failed = Callable[[Task, str, SparsifyError], None]
 
 
 class Worker(Protocol):
@@ -85,7 +86,9 @@ class Here:
             return self._handlers[task.do](**task.arguments)
 
 
-def work_alone(graph: Graph, worker: Here, begun: Begun, done: Done, told: Told) -> None:
+def work_alone(
+    graph: Graph, worker: Here, begun: Begun, done: Done, told: Told, failed: Failed = lambda *_: None
+) -> None:
     """Do all of ``graph`` with one worker in this thread, the lowest rank first; arguments as of ``Crew``.
 
     Raises:
@@ -95,7 +98,12 @@ def work_alone(graph: Graph, worker: Here, begun: Begun, done: Done, told: Told)
         task = graph.ready()[0]
         graph.take(task)
         begun(task, worker.name)
-        done(task, worker.ask(task, partial(told, worker.name)), worker.name)
+        try:
+            answer = worker.ask(task, partial(told, worker.name))
+        except SparsifyError as error:
+            failed(task, worker.name, error)
+            raise
+        done(task, answer, worker.name)
         graph.finish(task)
 
 
@@ -108,6 +116,7 @@ class Crew:
         lost: told of a task that a worker died over, or that one did not come for; of the worker, why, how many did,
             and whether it is tried again.
         waits: called every few seconds while nothing happens.
+        failed: told of a task that met an error which another worker would meet too; of the worker and the error.
     """
 
     def __init__(
@@ -116,8 +125,9 @@ class Crew:
         begun: Begun = lambda *_: None,
         lost: Callable[[Task, str, SparsifyError, int, bool], None] = lambda *_: None,
         waits: Callable[[], None] = lambda: None,
+        failed: Failed = lambda *_: None,
     ) -> None:
-        self._hire, self._begun, self._lost, self._waits = hire, begun, lost, waits
+        self._hire, self._begun, self._lost, self._waits, self._failed = hire, begun, lost, waits, failed
         # Those at work, at leisure and on their way.
         self._workers: dict[int, Worker] = {}
         self._free: list[int] = []
@@ -213,6 +223,7 @@ class Crew:
                             )
                     except SparsifyError as error:
                         self._free.append(place)
+                        self._failed(task, worker.name, error)
                         failed = failed or error
                     else:
                         self._free.append(place)

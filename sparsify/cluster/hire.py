@@ -22,7 +22,7 @@ def crew_of(
         workers: how many are wanted; None: one, or as many as the cluster has room for.
         cluster: where Ray runs them (``ray_workers``); None: without Ray, on this machine.
         worker_bytes: that the machines of a cluster set aside for each; None: they do not.
-        told: ``Crew``'s ``begun``, ``lost`` and ``waits``.
+        told: ``Crew``'s ``begun``, ``lost``, ``waits`` and ``failed``.
 
     Raises:
         UsageError: no cluster, or fewer GPUs than workers.
@@ -44,6 +44,6 @@ def crew_of(
             ray = stack.enter_context(ray_cluster(cluster, workers, job.threads))
             # On this machine alone memory was looked at before the run; Ray would count otherwise.
             memory = None if cluster == "local" else worker_bytes
-            n = workers or places_of(ray, job)
+            n = workers or places_of(ray, job, memory)
             hire = [partial(Actor, ray, f"worker {i}", job, memory) for i in range(1, n + 1)]
         yield stack.enter_context(Crew(hire, *told))

@@ -137,7 +137,9 @@ class Pipeline:
         if leaves:
             self._makers = dense
             for shard in range(self.n_shards):
-                task = self._task("leave", block, (2, shard), after=solved, shard=shard, parts=list(parts))
+                # No block is begun before the one before the last is written, whose files are in the way till then.
+                after = {*solved, *self._after()}
+                task = self._task("leave", block, (2, shard), after=after, shard=shard, parts=list(parts))
                 self.graph.add(task)
                 self._makers[shard].add(task.name)
             written |= set().union(*self._makers)

@@ -101,12 +101,18 @@ def _silent(address: str) -> str | None:
         return f"{host}:{port}"
 
 
-def places_of(ray: Any, job: Job) -> int:
-    """How many workers the cluster has room for, at least one."""
-    total = ray.cluster_resources()
-    if job.device == "cuda":
-        return max(int(total.get("GPU", 0)), 1)
-    return max(int(total.get("CPU", 1) // job.threads), 1)
+def places_of(ray: Any, job: Job, memory_bytes: int | None = None) -> int:
+    """How many workers the cluster's machines have room for, at least one: it may be given more machines for it."""
+    wanted = _resources(job, memory_bytes)
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max(sum(int(min(each.get(key, 0) // n for key, n in wanted.items())) for each in machines), 1)
+
+
+def _resources(job: Job, memory_bytes: int | None) -> dict[str, float]:
+    """What a worker reserves, as machines have it."""
+    # Where a GPU computes, threads wait; a machine has fewer cores for each GPU than the driver's whole number.
+    wanted: dict[str, float] = {"CPU": 1, "GPU": 1} if job.device == "cuda" else {"CPU": job.threads}
+    return wanted | ({} if memory_bytes is None else {"memory": memory_bytes})
 
 
 class Actor:
@@ -121,13 +127,14 @@ class Actor:
 
     def __init__(self, ray: Any, name: str, job: Job, memory_bytes: int | None = None) -> None:
         self.name, self._ray = name, ray
-        self._wanted = f"{job.threads} CPUs" + (f" and {memory_bytes / 1e9:.1f} GB of memory" if memory_bytes else "")
+        resources = _resources(job, memory_bytes)
+        gpu = " and a GPU" if "GPU" in resources else ""
+        memory = f" and {memory_bytes / 1e9:.1f} GB of memory" if memory_bytes else ""
+        self._wanted = f"{resources['CPU']:g} CPUs{gpu}{memory} of one machine"
         self._actor: Any = None
-        wanted: dict[str, Any] = {"num_cpus": job.threads, "max_restarts": 0}
-        if job.device == "cuda":
-            wanted["num_gpus"] = 1
-        if memory_bytes is not None:
-            wanted["memory"] = memory_bytes
+        self._closed = False
+        names = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+        wanted: dict[str, Any] = {names[key]: n for key, n in resources.items()} | {"max_restarts": 0}
         # Threads are counted when torch is imported.
         wanted["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(job.threads)}}
         self._make = partial(ray.remote(_Remote).options(**wanted).remote, asdict(job))
@@ -136,10 +143,14 @@ class Actor:
         """As ``Worker``."""
         try:
             self._actor = self._make()
+            if self._closed:
+                # In between: nobody else would end it.
+                self.kill()
             where = self._ray.get(self._actor.ready.remote(), timeout=_PLACE_S)
         except self._ray.exceptions.GetTimeoutError as error:
             raise WorkerError(
-                f"{self.name}: no place on the cluster for {self._wanted} within {_PLACE_S:g} s; use fewer --workers"
+                f"{self.name}: no place on the cluster for {self._wanted} within {_PLACE_S:g} s; use fewer --workers, "
+                "or fewer threads (OMP_NUM_THREADS) from the run's beginning on"
             ) from error
         except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise WorkerError(f"{self.name}: {_reason(error)}") from error
@@ -152,18 +163,18 @@ class Actor:
         answer: dict[str, Any] | None = None
         assert self._actor is not None
         try:
-            for reference in self._actor.ask.remote(task.do, dict(task.arguments)):
-                found = self._ray.get(reference)
-                if "error" in found:
-                    raise _met(found)
-                if "answer" in found:
-                    answer = found["answer"]
-                else:
-                    event(found)
-        except self._ray.exceptions.RayError as error:
+            # By calls: a generator cannot be had by way of Ray's client (ray://).
+            self._actor.begin.remote(task.do, dict(task.arguments))
+            while answer is None:
+                for found in self._ray.get(self._actor.said.remote()):
+                    if "error" in found:
+                        raise _met(found)
+                    if "answer" in found:
+                        answer = found["answer"]
+                    else:
+                        event(found)
+        except (self._ray.exceptions.RayError, ConnectionError) as error:
             raise WorkerError(f"{self.name}: its process is gone ({_reason(error)})") from error
-        if answer is None:
-            raise WorkerError(f"{self.name}: it gave no answer to {task.name}")
         return answer
 
     def close(self) -> None:
@@ -172,6 +183,7 @@ class Actor:
 
     def kill(self) -> None:
         """As ``Worker``: what it writes appears whole or not at all."""
+        self._closed = True
         # Where the cluster is gone, so is the actor.
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
             if self._actor is not None:
@@ -185,7 +197,7 @@ class _Remote:
         from sparsify.workers import end_with_parent
 
         end_with_parent()
-        self._said: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._said: SimpleQueue[dict[str, Any]] = SimpleQueue()
         self._error: dict[str, Any] | None = None
         self._known: Mapping[str, Callable[..., dict[str, Any]]] = {}
         self._error = self._try(lambda: self._open(job))
@@ -203,8 +215,8 @@ class _Remote:
 
         return self._error or {"host": socket.gethostname()}
 
-    def ask(self, do: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Do a task in a thread, and pass on what it says meanwhile."""
+    def begin(self, do: str, arguments: dict[str, Any]) -> None:
+        """Do a task in a thread."""
 
         def answer() -> None:
             with beating(lambda: self._said.put({})):
@@ -215,11 +227,17 @@ class _Remote:
             error = self._try(answer)
             if error is not None:
                 self._said.put(error)
-            self._said.put(None)
 
+        # Nothing that an earlier one has said still.
+        self._said = SimpleQueue()
         threading.Thread(target=work, daemon=True).start()
-        while (found := self._said.get()) is not None:
-            yield found
+
+    def said(self) -> list[dict[str, Any]]:
+        """What the task says, as soon as there is something; the last is its answer, or an error."""
+        found = [self._said.get()]
+        while not self._said.empty():
+            found.append(self._said.get())
+        return found
 
     @staticmethod
     def _try(work: Callable[[], object]) -> dict[str, Any] | None:
