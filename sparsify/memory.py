@@ -9,7 +9,7 @@ from pathlib import Path
 # <malloc.h>
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _THRESHOLD_BYTES = 4 << 20
-_TOP_BYTES = 64 << 20
+_TOP_BYTES = 32 << 20
 
 
 def return_freed_memory() -> None:
@@ -24,7 +24,7 @@ def return_large_frees() -> None:
     """Have tensors of 4 MiB and more go back to the system the moment they are freed (glibc; elsewhere nothing).
 
     By default glibc raises that threshold to 32 MiB as a program runs, and the weights of one block after another
-    leave holes in the heap: 64 blocks of width 1024 left half a gigabyte behind. Of smaller ones up to 64 MiB stay at
+    leave holes in the heap: 64 blocks of width 1024 left half a gigabyte behind. Of smaller ones up to 32 MiB stay at
     the end of the heap until ``return_freed_memory``: pages that come and go with each took a tenth of SparseGPT's time
     on a small model.
     """
