@@ -275,6 +275,20 @@ def test_the_remedy_for_workers_is_fewer_and_for_a_gpu_the_cpu(tmp_path: Path) -
     assert "; --device cpu needs" in problem
 
 
+def test_what_follows_pruning_counts_too(tmp_path: Path) -> None:
+    plain = budget(tmp_path, Recipe("2:4", "wanda"))
+    made = replace(plain, targets=("hf", "onnx"), whole_models=2)
+    values = made.shapes.n_values
+    assert made.measuring_bytes == made.process_bytes + 2 * 4 * values
+    assert made.disk_bytes == plain.disk_bytes + made.shapes.stored_bytes + max(4 * values, made.shapes.stored_bytes)
+    short = Available(plain.memory_bytes, 1 << 50)
+    assert made.measuring_bytes > plain.memory_bytes
+    [problem] = check(made, short)
+    assert "--eval-text none" in problem
+    assert size(made.measuring_bytes) in problem
+    assert not check(replace(made, whole_models=0), short)
+
+
 def test_where_nothing_fits_the_least_is_named(tmp_path: Path) -> None:
     [problem] = check(budget(tmp_path, Recipe("2:4", "fast")), Available(1 << 30, 1 << 50, None, "limit of a group"))
     assert "(limit of a group)" in problem

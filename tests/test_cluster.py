@@ -185,6 +185,30 @@ def test_nan_in_one_block_stops_cleanly_and_keeps_the_others(deep: Path, ids_fil
     state = json.loads((tmp_path / "out.partial/.state.json").read_text())["state"]
     assert {"0", "1", "2"} <= set(state["blocks"])
     assert "4" not in state["blocks"]
+    failed_once(tmp_path / "out.partial")
+    with pytest.raises(NumericsError, match="channel 5"):
+        prune(source(deep), recipe("no text", ids_file), tmp_path / "alone")
+    failed_once(tmp_path / "alone.partial")
+
+
+def failed_once(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
+    [task] = [line for line in lines if line["event"] == "task"]
+    assert (task["state"], task["kind"], task["block"]) == ("failed", "prune", 4)
+    assert "model.layers.4.mlp.up_proj: channel 5" in task["error"]
+    assert "sparsify_prune_tasks_failed_total 1" in (folder / "metrics.prom").read_text(encoding="utf-8")
+
+
+def test_workers_of_one_gpu_are_refused(deep: Path, ids_file: str, tmp_path: Path) -> None:
+    for how in ({"workers": 2}, {"cluster": "local"}):
+        with pytest.raises(UsageError, match="--device cuda:1 is one GPU"):
+            prune(source(deep), recipe("no text", ids_file), tmp_path / "out", device="cuda:1", **how)
+
+
+def test_the_journal_has_the_threads_of_the_run(deep: Path, ids_file: str, tmp_path: Path) -> None:
+    out = prune(source(deep), recipe("no text", ids_file), tmp_path / "out", workers=2)
+    start = json.loads((out / "journal.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert start["threads"] == threads_of(out)
 
 
 def test_a_worker_that_cannot_live_is_told_of(

@@ -104,6 +104,16 @@ def test_pieces_in_any_order_give_the_bits_of_whole_blocks(
     assert sum(name.startswith("sum ") for name in hired[0].did) >= 8
 
 
+def test_what_is_derived_for_one_linear_is_of_use_to_another_in_pieces_too(
+    llama: Path, shuffled: Callable[[int], list[Shuffled]], tmp_path: Path
+) -> None:
+    # k has no order of its inputs; q and v have, and share them with it.
+    how = Recipe("2:4", "alps", permute="simulate", overrides={"*k_proj": "0.5"}, calibration=seven_windows(tmp_path))
+    whole = prune(source(llama), how, tmp_path / "whole")
+    shuffled(1)
+    assert tree(prune(source(llama), how, tmp_path / "pieces")) == tree(whole)
+
+
 @pytest.mark.parametrize("kind", ["orders recorded, shared", "groups, aims, orders folded"])
 def test_experts_that_the_first_window_does_not_reach_are_solved_as_in_one_process(
     kind: str, random_models: Callable[[str], Path], shuffled: Callable[[int], list[Shuffled]], tmp_path: Path
@@ -205,6 +215,19 @@ def test_the_graph_lets_shards_go_ahead_and_nothing_else() -> None:
     }  # fmt: skip
     assert [tasks[f"sum 0 {group} 0"]["leave"] for group in (0, 1)] == [False, True]
     assert not tasks["sum 1 0 0"]["leave"]
+
+
+def test_nobody_goes_ahead_of_a_block_that_is_still_to_be_written() -> None:
+    graph = Graph()
+    line = Pipeline(graph, 4, 3, [True] * 4, 2, dense=False, done=set(), entered={0})
+    line.start()
+    for block in range(3):
+        line.looked(block, [[["q"]]], {})
+    after = {task.name: set(task.after) for task in graph}
+    assert "write 0" not in after["sum 1 0 0"] | after["solve 1 0 0"]
+    for shard in range(2):
+        assert "write 0" in after[f"leave 1 {shard}"]
+        assert f"leave 1 {shard}" in after[f"sum 2 0 {shard}"]
 
 
 def test_blocks_without_inputs_are_refused() -> None:
