@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -216,6 +217,20 @@ def test_a_machine_that_is_lost_leaves_its_work_to_the_others(
         prune(source(deep), how, out, cluster="auto", workers=2, progress=told)
     assert told.before
     assert any("attempt 1: worker " in text for text in told.texts)
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.slow
+@ray_warnings
+def test_by_way_of_rays_client(deep: Path, ids_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("grpc", reason="ray[client] is not installed")
+    how = recipe("dense inputs", ids_file)
+    whole = prune(source(deep), how, tmp_path / "whole")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with machines(monkeypatch, 1, 1, ray_client_server_port=port):
+        monkeypatch.delenv("RAY_ADDRESS")
+        out = prune(source(deep), how, tmp_path / "out", cluster=f"ray://127.0.0.1:{port}", workers=2)
     assert tree(out) == tree(whole)
 
 
