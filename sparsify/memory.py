@@ -25,8 +25,7 @@ def return_large_frees() -> None:
 
     By default glibc raises that threshold to 32 MiB as a program runs, and the weights of one block after another
     leave holes in the heap: 64 blocks of width 1024 left half a gigabyte behind. Of smaller ones up to 32 MiB stay at
-    the end of the heap until ``return_freed_memory``: pages that come and go with each took a tenth of SparseGPT's time
-    on a small model.
+    the end of the heap until ``return_freed_memory``: pages that come and go with each cost time.
     """
     try:
         libc = ctypes.CDLL(None)

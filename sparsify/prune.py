@@ -119,8 +119,7 @@ def prune(
         about = About(source.name, recipe.method, recipe.pattern, fingerprint, threads, workers or 0, device)
         done = len((staging.state or {}).get("blocks", ()))
         with Journal(staging.path, progress, about, done=done) as journal, torch.inference_mode():
-            run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, journal, began)
-            run.state["threads"] = threads
+            run = _Run(source, recipe, skeleton, binding, patterns, windows, staging, device, journal, began, threads)
             with offloaded(staging.path if offload else None):
                 run.survey()
             run.blocks(run.job(trust_remote_code, offload), workers, cluster, worker_bytes)
@@ -168,7 +167,7 @@ def _threads(state: Mapping[str, Any] | None, workers: int | None) -> int:
 
     A run that is resumed has those that it began with, whatever works for it now.
     """
-    if state is not None and state["threads"]:
+    if state is not None:
         return int(state["threads"])
     mine = torch.get_num_threads()
     return mine if "OMP_NUM_THREADS" in os.environ else max(mine // (workers or 1), 1)
@@ -189,6 +188,7 @@ class _Run:
         device: str,
         journal: Journal,
         began: tuple[float, float],
+        threads: int,
     ) -> None:
         self.source = source
         self.recipe = recipe
@@ -208,15 +208,15 @@ class _Run:
         self._gathered: dict[int, Gathered] = {}
         self._pipeline: Pipeline | None = None
         self.rest = Rest(staging.path, binding, source, recipe, windows)
-        self.state = self._open_state()
+        self.state = self._open_state(threads)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
-    def _open_state(self) -> dict[str, Any]:
+    def _open_state(self, threads: int) -> dict[str, Any]:
         state = self.staging.state
         if state is None:
             return {
-                "threads": 0,
+                "threads": threads,
                 "blocks": {},
                 "hidden": {},
                 "allocation": None,
