@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from sparsify.budget import memory, working
+from sparsify.budget.estimate import _places_here
 from sparsify.budget.machine import Available, _left, available, existing, measure_rates, resident_bytes
 from sparsify.budget.memory import disk_terms, phases
 from sparsify.budget.operations import RATES, START_SECONDS, Rates, block_work, rest_work, time_of
@@ -287,6 +288,31 @@ def test_what_follows_pruning_counts_too(tmp_path: Path) -> None:
     assert "--eval-text none" in problem
     assert size(made.measuring_bytes) in problem
     assert not check(replace(made, whole_models=0), short)
+
+
+def test_machines_of_a_cluster_have_memory_of_their_own_and_share_a_disk(tmp_path: Path) -> None:
+    one, two = (budget(tmp_path, Recipe("2:4", "sparsegpt"), workers=n) for n in (1, 2))
+    apart = replace(two, elsewhere=True)
+    assert apart.memory_bytes == apart.phase_bytes(apart.largest) < two.memory_bytes
+    assert apart.disk_bytes == two.disk_bytes > one.disk_bytes
+
+
+def test_sums_on_their_way_from_a_gpu_to_a_file_are_on_the_host(tmp_path: Path) -> None:
+    made = budget(tmp_path, Recipe("2:4", "sparsegpt"), device="cuda:0", workers=2)
+    writing = [phase for phase in made.phases if phase.name.startswith("writing sums")]
+    assert writing
+    for phase in writing:
+        sums = next(term for term in phase.terms if term.what == "all sums, on the host")
+        assert not sums.on_device
+        assert sums.n_bytes > 0
+
+
+def test_a_cluster_of_this_machine_has_places_by_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 9)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert _places_here("cpu") == 2
+    monkeypatch.setattr("torch.get_num_threads", lambda: 16)
+    assert _places_here("cpu") == 1
 
 
 def test_where_nothing_fits_the_least_is_named(tmp_path: Path) -> None:

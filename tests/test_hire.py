@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from sparsify.cluster import ray_workers
 from sparsify.cluster.hire import crew_of
 from sparsify.cluster.job import Job
+from sparsify.errors import WorkerError
 
 JOB = Job("", "", {}, None, None, None, [], 1, "cpu", 3, False, False)
 
@@ -57,6 +59,27 @@ def test_each_gpu_is_a_place(ray: Asked, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ray_workers.places_of(ray, job, 9 << 30) == 16
     ray_workers.Actor(ray, "worker 1", job, 9 << 30)
     assert (ray.options_[0]["num_cpus"], ray.options_[0]["num_gpus"]) == (1, 1)
+
+
+def test_an_actor_that_is_closed_before_it_is_made_is_ended(ray: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    class GoneError(Exception):
+        pass
+
+    killed: list[Any] = []
+
+    def get(*_: Any, **__: Any) -> Any:
+        raise GoneError("killed") if killed else AssertionError("nobody would end it")
+
+    errors = SimpleNamespace(RayError=GoneError, GetTimeoutError=TimeoutError)
+    for name, value in (("exceptions", errors), ("kill", killed.append), ("get", get)):
+        monkeypatch.setattr(ray, name, value, raising=False)
+    actor = ray_workers.Actor(ray, "worker 1", JOB)
+    made = SimpleNamespace(ready=SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(actor, "_make", lambda: made)
+    actor.close()
+    with pytest.raises(WorkerError, match="worker 1: killed"):
+        actor.ready()
+    assert killed == [made]
 
 
 def test_one_process_works_by_itself() -> None:
